@@ -1,0 +1,92 @@
+"""Shared by the tests: small networks, controls whose value is known, and running a script as its user would."""
+
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+
+import diffsac_continuous
+import sac_continuous
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [sac_continuous, diffsac_continuous]
+
+
+def make_actor(script, obs_dim=3, low=(-1.0,), high=(1.0,), **flags):
+    """An actor of a script, for a box of actions from low to high."""
+    observation_space = Box(-np.inf, np.inf, (obs_dim,))
+    action_space = Box(np.asarray(low, dtype=np.float32), np.asarray(high, dtype=np.float32))
+    return script.Actor(observation_space, action_space, script.Args(**flags))
+
+
+def randomise(actor, scale=0.3):
+    """Move all weights of an actor away from their special initial values."""
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+
+
+def chain(actor, obs, seed):
+    """The action, log_prob, latents and noise of one seeded call of a diffusion actor's `sample`."""
+    torch.manual_seed(seed)
+    action, log_prob = actor.sample(obs)
+    torch.manual_seed(seed)
+    noise = torch.randn(actor.chain_shape(obs), device=obs.device)
+    return action, log_prob, actor(obs, noise), noise
+
+
+def linear_control_actor(script, slope, offset, delta, prior_std=1.0):
+    """A diffusion actor whose network is exactly u_k(a) = slope_k a + offset_k (rows k - 1, one action dimension).
+
+    A ReLU network can switch on k: two units relu(+-a) and one constant unit belong to each step, and a large negative
+    bias, a function of the step embedding alone, silences the units of the other steps.
+    """
+    steps, silence = len(delta), 1e3
+    actor = make_actor(script, 1, diffusion_steps=steps, hidden_dim=3 * steps, prior_std=prior_std)
+    bias = torch.full((steps, steps, 3), -silence)
+    bias[torch.arange(steps), torch.arange(steps)] = torch.tensor([0.0, 0.0, 1.0])
+    set_delta(actor, torch.as_tensor(delta)[:, None])
+    std = prior_std * torch.as_tensor(delta).sqrt()
+    with torch.no_grad():
+        actor.fc_obs.weight.zero_(), actor.fc_obs.bias.zero_(), actor.fc2.bias.zero_()
+        actor.fc_step.weight.copy_(torch.linalg.lstsq(actor.step_embedding, bias.flatten(1)).solution.T)
+        actor.fc_latent.weight.copy_(torch.tensor([1.0, -1.0, 0.0]).repeat(steps)[:, None])
+        actor.fc2.weight.copy_(torch.eye(3 * steps))
+        slope, offset = std * torch.as_tensor(slope), std * torch.as_tensor(offset)
+        actor.fc_control.weight.copy_(torch.stack((slope, -slope, offset), dim=1).reshape(1, -1))
+        actor.fc_control.bias.zero_()
+    return actor
+
+
+def set_delta(actor, delta):
+    """Give a diffusion actor the coefficients delta, (K, action_dim)."""
+    low, high = diffsac_continuous.DELTA_MIN, diffsac_continuous.DELTA_MAX
+    with torch.no_grad():
+        actor.delta_logit.copy_(torch.logit((delta - low) / (high - low)))
+
+
+def gauss_hermite(dimensions, points=3):
+    """Nodes (points**dimensions, dimensions) and weights of a mean over N(0, I), exact to degree 2 points - 1."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
+    grid = np.stack(np.meshgrid(*[nodes] * dimensions, indexing="ij"), axis=-1).reshape(-1, dimensions)
+    weight_grid = np.stack(np.meshgrid(*[weights / weights.sum()] * dimensions, indexing="ij"), axis=-1)
+    return torch.from_numpy(grid), torch.from_numpy(weight_grid.reshape(-1, dimensions).prod(axis=1))
+
+
+def log_normal(x, mean, std):
+    """Log-density of independent normals, summed over the last axis."""
+    return (-0.5 * ((x - mean) / std) ** 2 - torch.log(std * torch.ones_like(x)) - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def run_script(monkeypatch, script, *flags):
+    """Run a script in this process and folder as `python script.py flags...` would; return its exit code."""
+    monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script.__name__}.py"), *map(str, flags)])
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+    return 0

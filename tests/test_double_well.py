@@ -1,0 +1,74 @@
+"""The reward of the turning double well as a one-state problem with a learned critic: two modes, at a = +-0.5."""
+
+import numpy as np
+import pytest
+import torch
+
+import diffsac_continuous
+import sac_continuous
+from tests.common import make_actor
+
+
+def double_well(action):
+    """Reward (batch,) of actions (batch, 1): 1 at +-0.5, 0.85 at 0, 0 at +-1 (numpy or torch)."""
+    u = (action[:, 0] / 0.5) ** 2
+    inner = 0.85 + 0.15 * (1 - (1 - u) ** 2)
+    return inner + (u > 1) * (1 - ((u - 1) / 3) ** 2 - inner)
+
+
+def exact_masses(alpha, bins=40):
+    """Probabilities of exp(reward/alpha)/Z in equal bins of [-1, 1]."""
+    points = np.linspace(-1, 1, 400 * bins + 1)
+    middle = 0.5 * (points[1:] + points[:-1])
+    masses = np.exp(double_well(middle[:, None]) / alpha).reshape(bins, -1).sum(axis=1)
+    return masses / masses.sum()
+
+
+def train(script, alpha, updates, seed, **flags):
+    """Fit actor and critics to the one-state problem with the script's own losses; returns the actor."""
+    torch.manual_seed(seed)
+    args = dict(hidden_dim=64) | flags
+    actor, qf = make_actor(script, 1, **args), script.SoftQNetwork(1, 1, 64)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, fused=True)
+    q_optimizer = torch.optim.Adam(qf.parameters(), lr=1e-3, fused=True)
+    obs, ended = torch.zeros(256, 1), torch.ones(256)
+    for _ in range(updates):
+        with torch.no_grad():  # half of the critics' data from the policy, half uniform
+            action = actor.sample(obs)[0]
+            action[::2] = 2 * torch.rand(128, 1) - 1
+        batch = script.Batch(obs, obs, action, double_well(action), ended)
+        loss, _ = script.critic_loss(actor, qf, qf, batch, alpha, 0.99)
+        q_optimizer.zero_grad()
+        loss.backward()
+        q_optimizer.step()
+        loss, _ = script.policy_loss(actor, qf, obs, alpha)
+        actor_optimizer.zero_grad()
+        loss.backward(inputs=list(actor.parameters()))
+        actor_optimizer.step()
+    return actor
+
+
+def total_variation(actor, alpha):
+    with torch.no_grad():
+        action = actor.sample(torch.zeros(50_000, 1))[0]
+    histogram = torch.histc(action, 40, -1, 1).numpy() / len(action)
+    return 0.5 * np.abs(histogram - exact_masses(alpha)).sum(), (action < 0).float().mean().item()
+
+
+def test_exact_density_has_the_known_mean_reward():
+    for alpha, mean_reward in ((0.05, 0.97138), (0.2, 0.92759)):
+        middle = np.linspace(-1, 1, 20_001)
+        weight = np.exp(double_well(middle[:, None]) / alpha)
+        assert (weight * double_well(middle[:, None])).sum() / weight.sum() == pytest.approx(mean_reward, abs=2e-5)
+
+
+def test_gaussian_policy_cannot_fit_two_modes():
+    distance, _ = total_variation(train(sac_continuous, 0.05, 1000, seed=1), 0.05)
+    assert 0.35 < distance < 0.55
+
+
+@pytest.mark.parametrize("alpha,updates,limit", [(0.05, 3500, 0.15), (0.2, 1500, 0.12)])
+def test_diffusion_policy_fits_two_modes(alpha, updates, limit):
+    distance, left = total_variation(train(diffsac_continuous, alpha, updates, seed=1, diffusion_steps=8), alpha)
+    assert distance < limit
+    assert left == pytest.approx(0.5, abs=0.15)

@@ -1,0 +1,244 @@
+"""Whole runs of every script: what is stored, resumed, logged and refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.common import ROOT, SCRIPTS, make_actor, randomise, run_script
+
+SMALL = "--hidden-dim 16 --batch-size 16 --learning-starts 40 --eval-episodes 2 --no-progress --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
+def script(request):
+    return request.param
+
+
+def run_dirs(tmp_path):
+    return sorted((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else []
+
+
+def load(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def scalars(run_dir, name):
+    """(step, value) of a TensorBoard curve, in order."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5"])
+def test_trains_past_learning_starts(script, env_id, monkeypatch, tmp_path):
+    assert run_script(monkeypatch, script, "--env-id", env_id, "--total-timesteps", 200, *SMALL) == 0
+    checkpoint = load(run_dirs(tmp_path)[0])
+    for optimizer in ("actor_optimizer", "q_optimizer", "alpha_optimizer"):
+        assert checkpoint[optimizer]["state"][0]["step"] == 160  # one gradient step per environment step
+    for name in ("losses/qf_loss", "losses/actor_loss", "losses/alpha", "losses/entropy", "charts/SPS"):
+        assert [step for step, _ in scalars(run_dirs(tmp_path)[0], name)] == [100, 200]
+    for name in ("eval/episodic_return", "eval/episodic_return_mean_action"):
+        assert [step for step, _ in scalars(run_dirs(tmp_path)[0], name)] == [200]
+    assert not torch.equal(checkpoint["qf"]["weights.0"], checkpoint["qf_target"]["weights.0"])
+
+
+def test_replay_at_terminations_and_truncations_with_three_environments(script, monkeypatch, tmp_path):
+    flags = "--env-id tests.scripted_env:Scripted-v0 --num-envs 3 --total-timesteps 150 --utd 0.5".split()
+    assert run_script(monkeypatch, script, *flags, *SMALL) == 0
+    obs, next_obs, actions, rewards, terminations = (x.numpy() for x in load(run_dirs(tmp_path)[0])["buffer"]["data"])
+    assert len(obs) == 150 and np.abs(actions).max() <= 1
+    np.testing.assert_array_equal(next_obs[:, 0], obs[:, 0])  # never the first observation of the next episode
+    np.testing.assert_array_equal(next_obs[:, 1], obs[:, 1] + 1)
+    np.testing.assert_array_equal(rewards, next_obs[:, 1])
+    odd = obs[:, 0] % 2 == 1
+    np.testing.assert_array_equal(terminations, (odd & (next_obs[:, 1] == 3)).astype(np.float32))
+    assert (next_obs[~odd, 1] == 5).sum() >= 18  # cut off: stored, and bootstrapped from
+    for env in range(3):  # each environment's own course, without a gap
+        ended = terminations[env::3] + (next_obs[env::3, 1] == 5)
+        np.testing.assert_array_equal(obs[env::3][1:, 1], np.where(ended[:-1], 0, obs[env::3][:-1, 1] + 1))
+    # three environments finish together: each episode is logged, at the count of environment steps
+    lengths = scalars(run_dirs(tmp_path)[0], "charts/episodic_length")
+    assert lengths[:6] == [(15, 5.0)] * 3 + [(24, 3.0)] * 3 and len(lengths) == 36
+    # updates from step 42 on, half a gradient step for each of the 3 environments' steps
+    assert load(run_dirs(tmp_path)[0])["q_optimizer"]["state"][0]["step"] == 37 * 3 // 2
+
+
+def test_buffer_is_a_ring(script):
+    buffer = script.ReplayBuffer(5, 1, 1, "cpu")
+    for t in range(0, 14, 2):  # two environments
+        rows = np.array([[t], [t + 1]])
+        buffer.add(rows, rows + 0.5, -rows, 10.0 * rows[:, 0], np.array([False, t == 8]))
+    assert buffer.size == 5 and buffer.position == 14 % 5
+    assert sorted(buffer.data.obs[:, 0].tolist()) == [9, 10, 11, 12, 13]
+    batch = buffer.sample(400)
+    assert set(batch.obs[:, 0].tolist()) == {9, 10, 11, 12, 13}
+    torch.testing.assert_close(batch.next_obs, batch.obs + 0.5)
+    torch.testing.assert_close(batch.actions, -batch.obs)
+    torch.testing.assert_close(batch.rewards, 10 * batch.obs[:, 0])
+    torch.testing.assert_close(batch.terminations, (batch.obs[:, 0] == 9).float())
+    other = script.ReplayBuffer(5, 1, 1, "cpu")
+    other.load_state_dict(buffer.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(buffer.data, other.data, strict=True))
+    assert (other.position, other.size) == (buffer.position, buffer.size)
+
+
+def test_checkpoint_holds_only_the_filled_part_of_the_buffer(script, tmp_path):
+    buffer = script.ReplayBuffer(1_000_000, 3, 1, "cpu")
+    buffer.add(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 1)), np.zeros(2), np.zeros(2))
+    script.save_checkpoint(tmp_path / "checkpoint.pt", script.Args(), {"buffer": buffer})
+    assert (tmp_path / "checkpoint.pt").stat().st_size < 50_000
+
+
+def flatten(value):
+    if isinstance(value, dict):
+        return [x for key in value if key not in ("args", "random_state") for x in flatten(value[key])]
+    return [x for item in value for x in flatten(item)] if isinstance(value, list | tuple) else [value]
+
+
+def test_equal_seeds_make_equal_runs_to_the_bit(script, monkeypatch, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--num-envs", 2, *SMALL]
+    for seed, eval_frequency in ((3, 0), (3, 60), (4, 0)):  # evaluation must not disturb the training
+        more = ["--seed", seed, "--eval-frequency", eval_frequency, "--total-timesteps", 300]
+        assert run_script(monkeypatch, script, *flags, *more) == 0
+    first, second, other = (flatten(load(run_dir)) for run_dir in sorted(run_dirs(tmp_path), key=os.path.getmtime))
+    same = [torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True)]
+    assert len(same) > 20 and all(same)
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True) if isinstance(a, torch.Tensor))
+
+
+def test_loaded_policy_acts_identically(script, tmp_path):
+    actor = make_actor(script, low=(-2.0, 0.0), high=(1.0, 3.0))
+    randomise(actor)
+    script.save_checkpoint(tmp_path / "checkpoint.pt", script.Args(), {"actor": actor})
+    other = make_actor(script, low=(-2.0, 0.0), high=(1.0, 3.0))
+    other.load_state_dict(script.load_checkpoint(tmp_path / "checkpoint.pt")["actor"])
+    obs = torch.randn(5, 3)
+    for policy in (actor, other):
+        torch.manual_seed(1)
+        policy.result = policy.get_action(obs)
+    assert all(torch.equal(a, b) for a, b in zip(actor.result, other.result, strict=True))
+
+
+def test_resume_after_sigkill_goes_on(script, monkeypatch, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--checkpoint-frequency", 100, "--total-timesteps", 1_000_000, *SMALL]
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)])
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.kill()
+    process.wait()
+    (run_dir,) = run_dirs(tmp_path)
+    before = load(run_dir)
+    step = before["global_step"]
+    assert step >= 100 and before["buffer"]["size"] == step
+    total = step + 150
+    resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", total]
+    assert run_script(monkeypatch, script, *resume) == 0
+    after = load(run_dir)
+    assert run_dirs(tmp_path) == [run_dir] and not list(run_dir.glob("*.tmp"))
+    assert after["global_step"] == after["buffer"]["size"] == total
+    assert after["args"]["hidden_dim"] == 16 and after["args"]["total_timesteps"] == total
+    assert torch.equal(after["buffer"]["data"][0][:step], before["buffer"]["data"][0])
+    assert after["q_optimizer"]["state"][0]["step"] == before["q_optimizer"]["state"][0]["step"] + 150
+    steps = [x for x, _ in scalars(run_dir, "losses/qf_loss")]
+    assert steps == list(range(100, total + 1, 100))  # what came after the checkpoint is replaced, not doubled
+
+
+def test_resumed_state_is_the_saved_state(script, monkeypatch, tmp_path):
+    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 100, *SMALL) == 0
+    (run_dir,) = run_dirs(tmp_path)
+    before = load(run_dir)
+    assert run_script(monkeypatch, script, "--resume", run_dir / "checkpoint.pt") == 0  # nothing is left to do
+    after = load(run_dir)
+    same = [
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(flatten(before), flatten(after), strict=True)
+    ]
+    assert all(same) and torch.equal(before["random_state"], after["random_state"])
+
+
+def test_sigterm_writes_a_checkpoint(script, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 1_000_000, *SMALL]
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)])
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("runs/*/events*")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert load(run_dirs(tmp_path)[0])["global_step"] > 0
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["script"])
+    args = script.Args(env_id="tests.scripted_env:NotANumber-v0", total_timesteps=2000, learning_starts=40)
+    args.hidden_dim, args.batch_size, args.progress, args.checkpoint_frequency = 16, 16, False, 45
+    args.eval_episodes = 1
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    assert "losses/qf_loss is not finite at step" in str(stop.value) and "runs" in str(stop.value)
+    checkpoint = load(run_dirs(tmp_path)[0])
+    assert checkpoint["global_step"] == 45
+    assert all(torch.isfinite(x).all() for x in flatten(checkpoint["actor"]))
+
+
+def test_dictionary_observations_are_flattened(script, monkeypatch, tmp_path):
+    flags = ["--env-id", "tests.scripted_env:Dict-v0", "--total-timesteps", 60]
+    assert run_script(monkeypatch, script, *flags, *SMALL) == 0
+    assert load(run_dirs(tmp_path)[0])["buffer"]["data"][0].shape == (60, 2)
+
+
+BAD = {
+    "unknown environment": "--env-id NoSuchThing-v0",
+    "unknown module": "--env-id no_such_module:Thing-v0",
+    "discrete actions": "--env-id CartPole-v1",
+    "images": "--env-id tests.scripted_env:Image-v0",
+    "unbounded actions": "--env-id tests.scripted_env:Unbounded-v0",
+    "no batch": "--batch-size 0",
+    "negative size": "--buffer-size -5",
+    "no environments": "--num-envs 0",
+    "not a number": "--policy-lr nan",
+    "discount above one": "--gamma 1.5",
+    "missing checkpoint": "--resume nowhere.pt",
+    "unreadable checkpoint": "--resume garbage.pt",
+    "another script's checkpoint": "--resume other.pt",
+    "no such device": f"--device {'cuda' if torch.backends.mps.is_available() else 'mps'}",
+    "wandb not installed": "--track",
+}
+BAD_DIFFUSION = {
+    "no denoising step": "--diffusion-steps 0",
+    "delta of two": "--delta-first 2",
+    "growing delta": "--delta-first 0.1 --delta-last 0.2",
+    "no prior": "--prior-std 0",
+}
+
+
+@pytest.mark.parametrize("case", BAD | BAD_DIFFUSION)
+def test_bad_input_is_refused_in_one_sentence(script, case, monkeypatch, tmp_path, capsys):
+    if case in BAD_DIFFUSION and not script.__name__.startswith("diff"):
+        pytest.skip("a flag of the diffusion policy")
+    (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
+    torch.save({"script": "another_script", "args": {}}, tmp_path / "other.pt")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run_script(monkeypatch, script, *(BAD | BAD_DIFFUSION)[case].split(), "--total-timesteps", 10) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and sorted(tmp_path.iterdir()) == before
+    sentence = [line for line in error.splitlines() if "error: " in line or "Error parsing" in line]
+    assert len(sentence) == 1 and len(sentence[0]) > 25
