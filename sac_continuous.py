@@ -12,6 +12,7 @@ twin critics Q_i, their Polyak averages Q'_i, and b ~ pi(.|s), b' ~ pi(.|s') dra
 """
 
 import copy
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -107,6 +108,8 @@ class Args:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.autotune and self.alpha == 0:
             raise ValueError("--alpha must be positive, or fixed with --no-autotune")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2**32, not {self.seed}")
         if not (0 <= self.gamma <= 1 and 0 < self.tau <= 1):
             raise ValueError(f"--gamma must lie in [0, 1] and --tau in (0, 1], not {self.gamma} and {self.tau}")
         if self.buffer_size < self.num_envs:
@@ -126,7 +129,8 @@ def make_env(env_id, seed, idx, capture_video, run_name):
         try:
             if env_id.startswith("dm_control/"):
                 import shimmy  # noqa: F401  (registers the dm_control environments)
-            env = gym.make(env_id, render_mode="rgb_array" if capture_video and idx == 0 else None)
+            record = capture_video and idx == 0
+            env = gym.make(env_id, render_mode="rgb_array") if record else gym.make(env_id)
             if isinstance(env.observation_space, gym.spaces.Dict):
                 env = gym.wrappers.FlattenObservation(env)
             spaces = {"observation": env.observation_space, "action": env.action_space}
@@ -135,8 +139,8 @@ def make_env(env_id, seed, idx, capture_video, run_name):
                     fail(f"{env_id} has {name} space {space}, but this script needs a Box with one axis")
             if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
                 fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
-            if capture_video and idx == 0:
-                env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos")
+            if record:
+                env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
         except (gym.error.Error, ImportError) as error:
             fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
         env = gym.wrappers.RecordEpisodeStatistics(env)
@@ -184,9 +188,10 @@ class ReplayBuffer:
         return {"position": self.position, "size": self.size, "data": filled}
 
     def load_state_dict(self, state):
-        self.position, self.size = state["position"], state["size"]
-        for data, filled in zip(self.data, state["data"], strict=True):
-            data[: self.size] = filled
+        self.size = min(state["size"], self.capacity)
+        self.position = self.size % self.capacity
+        for data, filled in zip(self.data, state["data"], strict=True):  # oldest first; keep the newest that fit
+            data[: self.size] = filled.roll(-state["position"], 0)[state["size"] - self.size :]
 
 
 # ALGO LOGIC: initialize agent here:
@@ -277,40 +282,54 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
+class RandomState:
+    """The states of torch's generators, of the CPU and of `device`, as a part of a checkpoint."""
+
+    def __init__(self, device):
+        self.modules = (
+            {"cpu": torch} if device.type == "cpu" else {"cpu": torch, device.type: getattr(torch, device.type)}
+        )
+
+    def state_dict(self):
+        return {name: module.get_rng_state() for name, module in self.modules.items()}
+
+    def load_state_dict(self, state):
+        for name in self.modules.keys() & state.keys():  # a run may go on on another device
+            self.modules[name].set_rng_state(state[name])
+
+
 @torch.no_grad()
 def evaluate(actor, args, device):
     """Run `eval_episodes` episodes with the stochastic and as many with the mean action, in environments of their own.
 
     Returns {metric name: undiscounted returns (eval_episodes,)}. Leaves the random state of the training run alone.
     """
+    state = RandomState(device).state_dict()
+    torch.manual_seed(args.seed)
+    seeds = np.random.SeedSequence((args.seed, 1)).generate_state(args.eval_episodes).tolist()
+    thunks = [make_env(args.env_id, seed, 0, False, "") for seed in seeds]
     returns = {}
     policies = {"episodic_return": lambda obs: actor.sample(obs)[0], "episodic_return_mean_action": actor.mean_action}
     for name, policy in policies.items():
-        envs = [make_env(args.env_id, args.seed, i, False, "")() for i in range(args.eval_episodes)]
-        obs = [env.reset(seed=args.seed + 1_000_000 + i)[0] for i, env in enumerate(envs)]
-        returns[name], active = np.zeros(len(envs)), list(range(len(envs)))
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
-            while active:  # all unfinished episodes advance together: one forward pass for all of them
-                batch = torch.as_tensor(np.stack([obs[i] for i in active]), dtype=torch.float32, device=device)
-                for i, action in zip(list(active), policy(batch).cpu().numpy(), strict=True):
-                    obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-                    returns[name][i] += reward
-                    if terminated or truncated:
-                        active.remove(i)
-        for env in envs:
-            env.close()
+        envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+        obs, _ = envs.reset(seed=seeds)
+        returns[name], active = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
+        while active.any():  # one episode of each environment
+            actions = policy(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[name] += active * rewards
+            active &= ~(terminations | truncations)
+        envs.close()
+    RandomState(device).load_state_dict(state)
     return returns
 
 
 def save_checkpoint(path, args, parts, **values):
-    """Write `values`, the state of all `parts`, the arguments and torch's random states to `path`.
+    """Write `values`, the arguments and the state of all `parts` to `path`.
 
     A temporary file is written, flushed to the disk and renamed: `path` holds the old checkpoint or the new one, whole.
     """
-    checkpoint = {"script": Path(__file__).stem, "args": asdict(args), "random_state": torch.get_rng_state(), **values}
-    if torch.cuda.is_available():
-        checkpoint["cuda_random_states"] = torch.cuda.get_rng_state_all()
+    checkpoint = {"script": Path(__file__).stem, "args": asdict(args), **values}
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         torch.save(checkpoint | {name: part.state_dict() for name, part in parts.items()}, file)
@@ -332,15 +351,15 @@ def load_checkpoint(path):
 
 
 def restore_checkpoint(checkpoint, parts):
-    """Give all `parts` and the random generators the state that `save_checkpoint` found them in."""
+    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep the learning rates they have."""
     try:
         for name, part in parts.items():
+            rates = [group["lr"] for group in getattr(part, "param_groups", [])]
             part.load_state_dict(checkpoint[name])
+            for group, rate in zip(getattr(part, "param_groups", []), rates, strict=True):
+                group["lr"] = rate
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
-    torch.set_rng_state(checkpoint["random_state"])
-    if torch.cuda.is_available() and "cuda_random_states" in checkpoint:
-        torch.cuda.set_rng_state_all(checkpoint["cuda_random_states"])
 
 
 def make_run_dir(args):
@@ -356,10 +375,10 @@ def make_run_dir(args):
     return Path("runs", run_name)
 
 
-def check_finite(metrics, global_step, run_dir):
-    """Stop the run, exit code 1, if any of these tensors is not finite; the checkpoint from before is left alone."""
-    for name, value in metrics.items():
-        if not torch.isfinite(value).all():
+def check_finite(values, global_step, run_dir):
+    """Stop the run, exit code 1, if any of these arrays or tensors is not finite; the last checkpoint is left alone."""
+    for name, value in values.items():
+        if not torch.as_tensor(value).isfinite().all():
             sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
 
 
@@ -370,8 +389,10 @@ def main(args: Args):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not getattr(torch, device).is_available():
         fail(f"--device {device} is not available on this machine")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track needs the package wandb")
+    device = torch.device(device)
+    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        if getattr(args, flag) and not importlib.util.find_spec(package):
+            fail(f"--{flag.replace('_', '-')} needs the package {package}")
     make_env(args.env_id, args.seed, 0, False, "")().close()  # refuses what does not fit before a folder is made
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint and checkpoint["args"].env_id != args.env_id:
@@ -403,8 +424,11 @@ def main(args: Args):
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     parts = {"actor": actor, "qf": qf, "qf_target": qf_target, "temperature": temperature, "buffer": buffer}
     parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
+    parts |= {"random_state": RandomState(device)}
     if checkpoint:
         restore_checkpoint(checkpoint, parts)
+    if not args.autotune:
+        temperature.log_alpha.data.fill_(math.log(args.alpha) if args.alpha else -math.inf)
 
     def update(batch):
         """One gradient step of the critics, the actor and the temperature; returns tensors for the log."""
@@ -430,6 +454,11 @@ def main(args: Args):
         metrics = {"qf_loss": qf_loss, "qf_values": qf_values, "actor_loss": actor_loss, "alpha": alpha}
         return {f"losses/{name}": value.detach() for name, value in (metrics | {"entropy": -log_prob}).items()}
 
+    def checkpoint_now():
+        parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
+        check_finite(metrics | parameters, global_step, run_dir)
+        save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step, updates_due=updates_due)
+
     def due(frequency):
         return frequency > 0 and global_step % frequency < args.num_envs
 
@@ -441,14 +470,22 @@ def main(args: Args):
             name=run_dir.name, config=asdict(args), sync_tensorboard=True, monitor_gym=True, save_code=True, **where
         )
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
-    facts = asdict(args) | {"command": " ".join(sys.argv), "torch": torch.__version__, "gymnasium": gym.__version__}
+    packages = [name for name in ("torch", "gymnasium", "mujoco", "numpy") if importlib.util.find_spec(name)]
+    facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
+    facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in facts.items()))
-    stop = []  # SIGINT and SIGTERM: leave after the current step, with a checkpoint
-    handlers = [(s, signal.signal(s, lambda number, _: stop.append(number))) for s in (signal.SIGINT, signal.SIGTERM)]
+    stop = []
+
+    def on_signal(number, _):
+        stop.append(number)  # leave after the current step, with a checkpoint
+        signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     # TRY NOT TO MODIFY: start the game
     obs, _ = envs.reset(seed=env_seed)
-    metrics, updates_due, start_step, start_time = {}, 0.0, global_step, time.time()
+    metrics, updates_due = {}, checkpoint["updates_due"] if checkpoint else 0.0
+    start_step, start_time = global_step, time.time()
     progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
     while global_step < args.total_timesteps and not stop:
         # ALGO LOGIC: put action logic here
@@ -469,6 +506,7 @@ def main(args: Args):
             writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
             progress.set_postfix_str(f"episodic_return {episode['r'][i]:.1f}", refresh=False)
+        check_finite({"an observation": real_next_obs, "a reward": rewards}, global_step, run_dir)
         buffer.add(obs, real_next_obs, actions, rewards, terminations)
 
         # CRUCIAL step easy to overlook
@@ -492,17 +530,15 @@ def main(args: Args):
                 writer.add_scalar(f"eval/{name}", returns.mean(), global_step)
                 progress.write(f"step {global_step}: {name} {returns.mean():.1f} +- {returns.std():.1f}")
         if due(args.checkpoint_frequency):
-            check_finite(metrics, global_step, run_dir)
-            save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step)
+            checkpoint_now()
 
-    check_finite(metrics, global_step, run_dir)
-    save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step)
+    checkpoint_now()
     progress.close()
     envs.close()
     writer.close()
-    for number, handler in handlers:
+    for number, handler in handlers.items():
         signal.signal(number, handler)
-    if stop:
+    if stop and global_step < args.total_timesteps:
         sys.exit(128 + stop[0])
 
 

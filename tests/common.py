@@ -35,8 +35,7 @@ def chain(actor, obs, seed):
     torch.manual_seed(seed)
     action, log_prob = actor.sample(obs)
     torch.manual_seed(seed)
-    noise = torch.randn(actor.chain_shape(obs), device=obs.device)
-    return action, log_prob, actor(obs, noise), noise
+    return action, log_prob, *actor(obs)
 
 
 def linear_control_actor(script, slope, offset, delta, prior_std=1.0):

@@ -42,8 +42,15 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
+class PaysTheAction(Spaces):
+    """The reward is the action."""
+
+    def step(self, action):
+        return self.observation_space.sample(), float(action[0]), False, False, {}
+
+
 class NotANumber(Spaces):
-    """Its reward is not a number from step 50 on."""
+    """Its reward is not a number from its 51st step on."""
 
     def __init__(self):
         super().__init__(BOX, BOX)
@@ -54,8 +61,9 @@ class NotANumber(Spaces):
         return self.observation_space.sample(), float("nan") if self.steps > 50 else 0.0, False, False, {}
 
 
-gym.register("Scripted-v0", lambda **_: Scripted())
-gym.register("Image-v0", lambda **_: Spaces(IMAGE, BOX))
-gym.register("Unbounded-v0", lambda **_: Spaces(BOX, gym.spaces.Box(-np.inf, np.inf, (1,))))
-gym.register("Dict-v0", lambda **_: Spaces(gym.spaces.Dict(a=BOX, b=BOX), BOX), max_episode_steps=20)
-gym.register("NotANumber-v0", lambda **_: NotANumber(), max_episode_steps=20)
+gym.register("Scripted-v0", Scripted)
+gym.register("PaysTheAction-v0", lambda: PaysTheAction(BOX, BOX), max_episode_steps=20)
+gym.register("Image-v0", lambda: Spaces(IMAGE, BOX))
+gym.register("Unbounded-v0", lambda: Spaces(BOX, gym.spaces.Box(-np.inf, np.inf, (1,))))
+gym.register("Dict-v0", lambda: Spaces(gym.spaces.Dict(a=BOX, b=BOX), BOX), max_episode_steps=20)
+gym.register("NotANumber-v0", NotANumber, max_episode_steps=20)

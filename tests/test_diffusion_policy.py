@@ -302,7 +302,7 @@ def test_mean_action_is_the_chain_without_noise():
     torch.testing.assert_close(actor.mean_action(obs), torch.tanh(latent))
 
 
-def test_actor_is_equivariant_to_the_order_of_action_dimensions():
+def test_actor_is_equivariant_to_the_order_of_action_dimensions(monkeypatch):
     actor = make_actor(diffsac_continuous, low=(-1.0, -1.0), high=(1.0, 1.0), diffusion_steps=3, hidden_dim=16)
     randomise(actor)
     obs = torch.randn(6, 3)
@@ -312,4 +312,5 @@ def test_actor_is_equivariant_to_the_order_of_action_dimensions():
             parameter.copy_(parameter.flip(1))
         for parameter in (actor.fc_control.weight, actor.fc_control.bias):
             parameter.copy_(parameter.flip(0))
-    torch.testing.assert_close(actor(obs, noise.flip(2)), latents.flip(2))
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: noise.flip(2))
+    torch.testing.assert_close(actor(obs)[0], latents.flip(2))

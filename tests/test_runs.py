@@ -1,5 +1,6 @@
 """Whole runs of every script: what is stored, resumed, logged and refused."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -89,10 +90,12 @@ def test_buffer_is_a_ring(script):
     torch.testing.assert_close(batch.actions, -batch.obs)
     torch.testing.assert_close(batch.rewards, 10 * batch.obs[:, 0])
     torch.testing.assert_close(batch.terminations, (batch.obs[:, 0] == 9).float())
-    other = script.ReplayBuffer(5, 1, 1, "cpu")
-    other.load_state_dict(buffer.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(buffer.data, other.data, strict=True))
-    assert (other.position, other.size) == (buffer.position, buffer.size)
+    for capacity, kept in ((5, [9, 10, 11, 12, 13]), (3, [11, 12, 13]), (8, [9, 10, 11, 12, 13])):
+        other = script.ReplayBuffer(capacity, 1, 1, "cpu")
+        other.load_state_dict(buffer.state_dict())
+        assert (other.position, other.size) == (len(kept) % capacity, len(kept))
+        assert other.data.obs[: other.size, 0].tolist() == kept
+        assert other.data.rewards[: other.size].tolist() == [10.0 * t for t in kept]
 
 
 def test_checkpoint_holds_only_the_filled_part_of_the_buffer(script, tmp_path):
@@ -108,15 +111,20 @@ def flatten(value):
     return [x for item in value for x in flatten(item)] if isinstance(value, list | tuple) else [value]
 
 
+def equal(first, second):
+    """Whether two checkpoints hold the same values, to the bit."""
+    pairs = list(zip(flatten(first), flatten(second), strict=True))
+    assert len(pairs) > 20
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
 def test_equal_seeds_make_equal_runs_to_the_bit(script, monkeypatch, tmp_path):
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 2, *SMALL]
     for seed, eval_frequency in ((3, 0), (3, 60), (4, 0)):  # evaluation must not disturb the training
         more = ["--seed", seed, "--eval-frequency", eval_frequency, "--total-timesteps", 300]
         assert run_script(monkeypatch, script, *flags, *more) == 0
-    first, second, other = (flatten(load(run_dir)) for run_dir in sorted(run_dirs(tmp_path), key=os.path.getmtime))
-    same = [torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second, strict=True)]
-    assert len(same) > 20 and all(same)
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True) if isinstance(a, torch.Tensor))
+    first, second, other = (load(run_dir) for run_dir in sorted(run_dirs(tmp_path), key=os.path.getmtime))
+    assert equal(first, second) and not equal(first, other)
 
 
 def test_loaded_policy_acts_identically(script, tmp_path):
@@ -165,14 +173,87 @@ def test_resumed_state_is_the_saved_state(script, monkeypatch, tmp_path):
     before = load(run_dir)
     assert run_script(monkeypatch, script, "--resume", run_dir / "checkpoint.pt") == 0  # nothing is left to do
     after = load(run_dir)
-    same = [
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        for a, b in zip(flatten(before), flatten(after), strict=True)
-    ]
-    assert all(same) and torch.equal(before["random_state"], after["random_state"])
+    assert equal(before, after) and torch.equal(before["random_state"]["cpu"], after["random_state"]["cpu"])
 
 
-def test_sigterm_writes_a_checkpoint(script, tmp_path):
+def test_flags_beside_resume_override_the_stored_ones(script, monkeypatch, tmp_path):
+    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 100, *SMALL) == 0
+    (run_dir,) = run_dirs(tmp_path)
+    flags = "--policy-lr 0.0 --q-lr 1e-5 --no-autotune --alpha 0.05 --buffer-size 60 --num-envs 2".split()
+    resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", 120, *flags]
+    before = load(run_dir)
+    assert run_script(monkeypatch, script, *resume) == 0
+    after = load(run_dir)
+    assert all(torch.equal(before["actor"][name], after["actor"][name]) for name in before["actor"])
+    assert not torch.equal(before["qf"]["weights.0"], after["qf"]["weights.0"])
+    assert after["q_optimizer"]["param_groups"][0]["lr"] == 1e-5
+    assert after["temperature"]["log_alpha"].exp().item() == pytest.approx(0.05)
+    # the newest 60 of the first 100 transitions were kept, 20 new ones replaced the oldest of them
+    torch.testing.assert_close(after["buffer"]["data"][0][20:], before["buffer"]["data"][0][60:])
+    assert after["buffer"]["size"] == 60 and after["buffer"]["position"] == 20
+
+
+def test_default_temperature_target_and_polyak_average(script, monkeypatch, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", *SMALL, "--learning-starts", 40, "--total-timesteps", 41]
+    seen = {}
+    losses = {name: getattr(script, name) for name in ("critic_loss", "policy_loss", "temperature_loss")}
+
+    def spy(name):
+        def loss(*arguments):
+            seen[name] = arguments
+            if name == "critic_loss":
+                seen["target"] = [p.clone() for p in arguments[2].parameters()]
+            return losses[name](*arguments)
+
+        return loss
+
+    for name in losses:
+        monkeypatch.setattr(script, name, spy(name))
+    monkeypatch.setattr(sys, "argv", ["script"])
+    args = script.Args(env_id="Pendulum-v1", total_timesteps=41, learning_starts=40, tau=0.25, progress=False)
+    args.hidden_dim, args.batch_size, args.eval_episodes = 16, 16, 1
+    script.main(args)
+    assert flags and torch.equal(seen["policy_loss"][2], seen["critic_loss"][3].obs)
+    assert seen["temperature_loss"][2] == pytest.approx(np.log(2) - 1)  # -1 for actions in [-1, 1], bounds are +-2
+    _, qf, qf_target = seen["critic_loss"][:3]
+    for now, online, before in zip(qf_target.parameters(), qf.parameters(), seen["target"], strict=True):
+        torch.testing.assert_close(now, 0.25 * online + 0.75 * before)
+        assert not torch.equal(now, before)
+
+
+def test_actions_come_from_the_policy_after_the_random_ones(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        script.Actor, "sample", lambda self, obs: (torch.full((len(obs), 1), 0.125), torch.zeros(len(obs)))
+    )
+    monkeypatch.setattr(
+        script, "policy_loss", lambda actor, qf, obs, alpha: (sum(p.sum() for p in actor.parameters()), 0 * obs)
+    )
+    monkeypatch.setattr(sys, "argv", ["script"])
+    args = script.Args(env_id="Pendulum-v1", total_timesteps=60, learning_starts=40, progress=False)
+    args.hidden_dim, args.batch_size, args.eval_episodes = 16, 16, 1
+    script.main(args)
+    actions = load(run_dirs(tmp_path)[0])["buffer"]["data"][2][:, 0]
+    assert (actions[:40] != 0.125).all() and actions[:40].abs().max() > 1.5 and (actions[40:] == 0.125).all()
+
+
+def test_evaluation_sums_rewards_over_one_episode(script, monkeypatch):
+    """The scripted environment pays 1 + 2 + 3 + 4 + 5 in its first episode; NoisyPay pays the action."""
+    args = script.Args(env_id="tests.scripted_env:Scripted-v0", eval_episodes=3)
+    returns = script.evaluate(make_actor(script, 2), args, torch.device("cpu"))
+    assert {name: list(values) for name, values in returns.items()} == {
+        "episodic_return": [15.0] * 3,
+        "episodic_return_mean_action": [15.0] * 3,
+    }
+    args.env_id = "tests.scripted_env:PaysTheAction-v0"
+    actor = make_actor(script, 1)
+    monkeypatch.setattr(actor, "sample", lambda obs: (torch.full((len(obs), 1), 0.25), torch.zeros(len(obs))))
+    monkeypatch.setattr(actor, "mean_action", lambda obs: torch.full((len(obs), 1), -0.5))
+    returns = script.evaluate(actor, args, torch.device("cpu"))
+    assert list(returns["episodic_return"]) == [5.0] * 3 and list(returns["episodic_return_mean_action"]) == [-10.0] * 3
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_write_a_checkpoint(script, signum, tmp_path):
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 1_000_000, *SMALL]
     process = subprocess.Popen([sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)])
     deadline = time.time() + 120
@@ -180,22 +261,39 @@ def test_sigterm_writes_a_checkpoint(script, tmp_path):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    process.send_signal(signum)
+    assert process.wait(timeout=60) == 128 + signum
     assert load(run_dirs(tmp_path)[0])["global_step"] > 0
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_path, capsys):
+def test_a_value_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["script"])
     args = script.Args(env_id="tests.scripted_env:NotANumber-v0", total_timesteps=2000, learning_starts=40)
-    args.hidden_dim, args.batch_size, args.progress, args.checkpoint_frequency = 16, 16, False, 45
+    args.hidden_dim, args.batch_size, args.progress, args.checkpoint_frequency = 16, 16, False, 5
     args.eval_episodes = 1
     with pytest.raises(SystemExit) as stop:
         script.main(args)
-    assert "losses/qf_loss is not finite at step" in str(stop.value) and "runs" in str(stop.value)
+    assert "a reward is not finite at step 51" in str(stop.value) and run_dirs(tmp_path)[0].name in str(stop.value)
     checkpoint = load(run_dirs(tmp_path)[0])
-    assert checkpoint["global_step"] == 45
-    assert all(torch.isfinite(x).all() for x in flatten(checkpoint["actor"]))
+    assert checkpoint["global_step"] == 50
+    assert all(torch.isfinite(x).all() for x in flatten(checkpoint) if isinstance(x, torch.Tensor))
+
+    losses = iter([0.0] * 10 + [float("nan")] * 1000)
+    policy_loss = script.policy_loss
+
+    def failing_loss(actor, *arguments):
+        loss, log_prob = policy_loss(actor, *arguments)
+        return loss * (1 + next(losses)), log_prob
+
+    monkeypatch.setattr(script, "policy_loss", failing_loss)
+    args.env_id, args.seed = "Pendulum-v1", 2
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    assert "losses/actor_loss is not finite at step 55" in str(stop.value)
+    (run_dir,) = (run_dir for run_dir in run_dirs(tmp_path) if "Pendulum" in run_dir.name)
+    checkpoint = load(run_dir)
+    assert checkpoint["global_step"] == 50
+    assert all(torch.isfinite(x).all() for x in flatten(checkpoint) if isinstance(x, torch.Tensor))
 
 
 def test_dictionary_observations_are_flattened(script, monkeypatch, tmp_path):
@@ -220,6 +318,8 @@ BAD = {
     "another script's checkpoint": "--resume other.pt",
     "no such device": f"--device {'cuda' if torch.backends.mps.is_available() else 'mps'}",
     "wandb not installed": "--track",
+    "moviepy not installed": "--capture-video",
+    "seed too large": "--seed 4294967296",
 }
 BAD_DIFFUSION = {
     "no denoising step": "--diffusion-steps 0",
@@ -236,7 +336,8 @@ def test_bad_input_is_refused_in_one_sentence(script, case, monkeypatch, tmp_pat
     (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
     torch.save({"script": "another_script", "args": {}}, tmp_path / "other.pt")
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in ("wandb", "moviepy") else find_spec(n))
     assert run_script(monkeypatch, script, *(BAD | BAD_DIFFUSION)[case].split(), "--total-timesteps", 10) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and sorted(tmp_path.iterdir()) == before
