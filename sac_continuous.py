@@ -506,7 +506,8 @@ def main(args: Args):
             writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
             writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
             progress.set_postfix_str(f"episodic_return {episode['r'][i]:.1f}", refresh=False)
-        check_finite({"an observation": real_next_obs, "a reward": rewards}, global_step, run_dir)
+        if not (np.isfinite(real_next_obs).all() and np.isfinite(rewards).all()):
+            check_finite(metrics | {"an observation": real_next_obs, "a reward": rewards}, global_step, run_dir)
         buffer.add(obs, real_next_obs, actions, rewards, terminations)
 
         # CRUCIAL step easy to overlook
