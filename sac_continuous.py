@@ -286,9 +286,9 @@ class RandomState:
     """The states of torch's generators, of the CPU and of `device`, as a part of a checkpoint."""
 
     def __init__(self, device):
-        self.modules = (
-            {"cpu": torch} if device.type == "cpu" else {"cpu": torch, device.type: getattr(torch, device.type)}
-        )
+        self.modules = {"cpu": torch}
+        if device.type != "cpu":
+            self.modules[device.type] = getattr(torch, device.type)
 
     def state_dict(self):
         return {name: module.get_rng_state() for name, module in self.modules.items()}

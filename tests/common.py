@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
+import diffppo_continuous
 import diffsac_continuous
+import ppo_continuous
 import sac_continuous
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [sac_continuous, diffsac_continuous]
+OFF_POLICY = [sac_continuous, diffsac_continuous]
+ON_POLICY = [ppo_continuous, diffppo_continuous]
+SCRIPTS = OFF_POLICY + ON_POLICY
 
 
 def make_actor(script, obs_dim=3, low=(-1.0,), high=(1.0,), **flags):

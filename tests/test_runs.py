@@ -12,9 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.common import ROOT, SCRIPTS, make_actor, randomise, run_script
+from tests.common import OFF_POLICY, ON_POLICY, ROOT, SCRIPTS, make_actor, randomise, run_script
 
-SMALL = "--hidden-dim 16 --batch-size 16 --learning-starts 40 --eval-episodes 2 --no-progress --device cpu".split()
+SMALL = "--hidden-dim 16 --eval-episodes 2 --no-progress --device cpu".split()
+SMALL_OFF = [*SMALL, *"--batch-size 16 --learning-starts 40".split()]
+SMALL_ON = [*SMALL, *"--num-envs 2 --num-steps 10 --num-minibatches 2 --update-epochs 2".split()]
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +28,15 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
 def script(request):
     return request.param
+
+
+off_policy = pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
+on_policy = pytest.mark.parametrize("script", ON_POLICY, ids=lambda script: script.__name__)
+
+
+@pytest.fixture
+def small(script):
+    return SMALL_ON if script in ON_POLICY else SMALL_OFF
 
 
 def run_dirs(tmp_path):
@@ -44,8 +55,9 @@ def scalars(run_dir, name):
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5"])
+@off_policy
 def test_trains_past_learning_starts(script, env_id, monkeypatch, tmp_path):
-    assert run_script(monkeypatch, script, "--env-id", env_id, "--total-timesteps", 200, *SMALL) == 0
+    assert run_script(monkeypatch, script, "--env-id", env_id, "--total-timesteps", 200, *SMALL_OFF) == 0
     checkpoint = load(run_dirs(tmp_path)[0])
     for optimizer in ("actor_optimizer", "q_optimizer", "alpha_optimizer"):
         assert checkpoint[optimizer]["state"][0]["step"] == 160  # one gradient step per environment step
@@ -56,9 +68,10 @@ def test_trains_past_learning_starts(script, env_id, monkeypatch, tmp_path):
     assert not torch.equal(checkpoint["qf"]["weights.0"], checkpoint["qf_target"]["weights.0"])
 
 
+@off_policy
 def test_replay_at_terminations_and_truncations_with_three_environments(script, monkeypatch, tmp_path):
     flags = "--env-id tests.scripted_env:Scripted-v0 --num-envs 3 --total-timesteps 150 --utd 0.5".split()
-    assert run_script(monkeypatch, script, *flags, *SMALL) == 0
+    assert run_script(monkeypatch, script, *flags, *SMALL_OFF) == 0
     obs, next_obs, actions, rewards, terminations = (x.numpy() for x in load(run_dirs(tmp_path)[0])["buffer"]["data"])
     assert len(obs) == 150 and np.abs(actions).max() <= 1
     np.testing.assert_array_equal(next_obs[:, 0], obs[:, 0])  # never the first observation of the next episode
@@ -77,6 +90,7 @@ def test_replay_at_terminations_and_truncations_with_three_environments(script, 
     assert load(run_dirs(tmp_path)[0])["q_optimizer"]["state"][0]["step"] == 37 * 3 // 2
 
 
+@off_policy
 def test_buffer_is_a_ring(script):
     buffer = script.ReplayBuffer(5, 1, 1, "cpu")
     for t in range(0, 14, 2):  # two environments
@@ -98,6 +112,7 @@ def test_buffer_is_a_ring(script):
         assert other.data.rewards[: other.size].tolist() == [10.0 * t for t in kept]
 
 
+@off_policy
 def test_checkpoint_holds_only_the_filled_part_of_the_buffer(script, tmp_path):
     buffer = script.ReplayBuffer(1_000_000, 3, 1, "cpu")
     buffer.add(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 1)), np.zeros(2), np.zeros(2))
@@ -107,7 +122,7 @@ def test_checkpoint_holds_only_the_filled_part_of_the_buffer(script, tmp_path):
 
 def flatten(value):
     if isinstance(value, dict):
-        return [x for key in value if key not in ("args", "random_state") for x in flatten(value[key])]
+        return [x for key in value if key not in ("args", "random_state", "lr") for x in flatten(value[key])]
     return [x for item in value for x in flatten(item)] if isinstance(value, list | tuple) else [value]
 
 
@@ -118,8 +133,8 @@ def equal(first, second):
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
-def test_equal_seeds_make_equal_runs_to_the_bit(script, monkeypatch, tmp_path):
-    flags = ["--env-id", "Pendulum-v1", "--num-envs", 2, *SMALL]
+def test_equal_seeds_make_equal_runs_to_the_bit(script, small, monkeypatch, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--num-envs", 2, *small]
     for seed, eval_frequency in ((3, 0), (3, 60), (4, 0)):  # evaluation must not disturb the training
         more = ["--seed", seed, "--eval-frequency", eval_frequency, "--total-timesteps", 300]
         assert run_script(monkeypatch, script, *flags, *more) == 0
@@ -140,8 +155,9 @@ def test_loaded_policy_acts_identically(script, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(actor.result, other.result, strict=True))
 
 
-def test_resume_after_sigkill_goes_on(script, monkeypatch, tmp_path):
-    flags = ["--env-id", "Pendulum-v1", "--checkpoint-frequency", 100, "--total-timesteps", 1_000_000, *SMALL]
+@off_policy
+def test_resume_after_sigkill_goes_on(script, small, monkeypatch, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--checkpoint-frequency", 100, "--total-timesteps", 1_000_000, *small]
     process = subprocess.Popen([sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)])
     deadline = time.time() + 120
     while not list(tmp_path.glob("runs/*/checkpoint.pt")):
@@ -167,8 +183,8 @@ def test_resume_after_sigkill_goes_on(script, monkeypatch, tmp_path):
     assert steps == list(range(100, total + 1, 100))  # what came after the checkpoint is replaced, not doubled
 
 
-def test_resumed_state_is_the_saved_state(script, monkeypatch, tmp_path):
-    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 100, *SMALL) == 0
+def test_resumed_state_is_the_saved_state(script, small, monkeypatch, tmp_path):
+    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 100, *small) == 0
     (run_dir,) = run_dirs(tmp_path)
     before = load(run_dir)
     assert run_script(monkeypatch, script, "--resume", run_dir / "checkpoint.pt") == 0  # nothing is left to do
@@ -176,8 +192,9 @@ def test_resumed_state_is_the_saved_state(script, monkeypatch, tmp_path):
     assert equal(before, after) and torch.equal(before["random_state"]["cpu"], after["random_state"]["cpu"])
 
 
+@off_policy
 def test_flags_beside_resume_override_the_stored_ones(script, monkeypatch, tmp_path):
-    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 100, *SMALL) == 0
+    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 100, *SMALL_OFF) == 0
     (run_dir,) = run_dirs(tmp_path)
     flags = "--policy-lr 0.0 --q-lr 1e-5 --no-autotune --alpha 0.05 --buffer-size 60 --num-envs 2".split()
     resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", 120, *flags]
@@ -193,8 +210,9 @@ def test_flags_beside_resume_override_the_stored_ones(script, monkeypatch, tmp_p
     assert after["buffer"]["size"] == 60 and after["buffer"]["position"] == 20
 
 
+@off_policy
 def test_default_temperature_target_and_polyak_average(script, monkeypatch, tmp_path):
-    flags = ["--env-id", "Pendulum-v1", *SMALL, "--learning-starts", 40, "--total-timesteps", 41]
+    flags = ["--env-id", "Pendulum-v1", *SMALL_OFF, "--learning-starts", 40, "--total-timesteps", 41]
     seen = {}
     losses = {name: getattr(script, name) for name in ("critic_loss", "policy_loss", "temperature_loss")}
 
@@ -221,6 +239,7 @@ def test_default_temperature_target_and_polyak_average(script, monkeypatch, tmp_
         assert not torch.equal(now, before)
 
 
+@off_policy
 def test_actions_come_from_the_policy_after_the_random_ones(script, monkeypatch, tmp_path):
     monkeypatch.setattr(
         script.Actor, "sample", lambda self, obs: (torch.full((len(obs), 1), 0.125), torch.zeros(len(obs)))
@@ -253,8 +272,8 @@ def test_evaluation_sums_rewards_over_one_episode(script, monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_write_a_checkpoint(script, signum, tmp_path):
-    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 1_000_000, *SMALL]
+def test_signals_write_a_checkpoint(script, small, signum, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 1_000_000, *small]
     process = subprocess.Popen([sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)])
     deadline = time.time() + 120
     while not list(tmp_path.glob("runs/*/events*")):
@@ -266,6 +285,7 @@ def test_signals_write_a_checkpoint(script, signum, tmp_path):
     assert load(run_dirs(tmp_path)[0])["global_step"] > 0
 
 
+@off_policy
 def test_a_value_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["script"])
     args = script.Args(env_id="tests.scripted_env:NotANumber-v0", total_timesteps=2000, learning_starts=40)
@@ -296,10 +316,83 @@ def test_a_value_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_pat
     assert all(torch.isfinite(x).all() for x in flatten(checkpoint) if isinstance(x, torch.Tensor))
 
 
-def test_dictionary_observations_are_flattened(script, monkeypatch, tmp_path):
+def test_dictionary_observations_are_flattened(script, small, monkeypatch, tmp_path):
     flags = ["--env-id", "tests.scripted_env:Dict-v0", "--total-timesteps", 60]
-    assert run_script(monkeypatch, script, *flags, *SMALL) == 0
-    assert load(run_dirs(tmp_path)[0])["buffer"]["data"][0].shape == (60, 2)
+    assert run_script(monkeypatch, script, *flags, *small) == 0
+    actor = load(run_dirs(tmp_path)[0])["actor"]
+    inputs = [actor[name].shape[-1] for name in ("fc1.weight", "fc_obs.weight", "normalizer.mean") if name in actor]
+    assert inputs == [2]
+
+
+@on_policy
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Hopper-v5"])
+def test_on_policy_runs_are_logged_and_resumed(script, small, env_id, monkeypatch, tmp_path):
+    assert run_script(monkeypatch, script, "--env-id", env_id, "--total-timesteps", 200, *small) == 0
+    (run_dir,) = run_dirs(tmp_path)
+    checkpoint = load(run_dir)
+    assert checkpoint["optimizer"]["state"][0]["step"] == 10 * 2 * 2  # iterations, epochs, minibatches
+    assert checkpoint["actor"]["normalizer.count"] == pytest.approx(200)  # every observation, once
+    assert checkpoint["return_scaler"]["normalizer.count"] == pytest.approx(200)
+    names = ["losses/" + name for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")]
+    for name in [*names, "losses/explained_variance", "charts/learning_rate", "charts/SPS"]:
+        assert [step for step, _ in scalars(run_dir, name)] == list(range(20, 201, 20))
+    rates = [value for _, value in scalars(run_dir, "charts/learning_rate")]
+    assert rates == pytest.approx([3e-4 * (1 - i / 10) for i in range(10)], rel=1e-5)
+    assert run_script(monkeypatch, script, "--resume", run_dir / "checkpoint.pt", "--total-timesteps", 300) == 0
+    after = load(run_dir)
+    assert run_dirs(tmp_path) == [run_dir] and after["global_step"] == 300
+    assert after["optimizer"]["state"][0]["step"] == 15 * 2 * 2
+    assert [step for step, _ in scalars(run_dir, "losses/value_loss")] == list(range(20, 301, 20))
+
+
+@on_policy
+def test_on_policy_rollout_at_terminations_and_truncations(script, small, monkeypatch, tmp_path):
+    seen = []
+    training_rows = script.training_rows
+
+    def spy(actor, critic, return_scaler, rollout, args):
+        seen.append(rollout)
+        return training_rows(actor, critic, return_scaler, rollout, args)
+
+    monkeypatch.setattr(script, "training_rows", spy)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    args = script.Args(env_id="tests.scripted_env:Scripted-v0", total_timesteps=90, num_envs=3, num_steps=30)
+    args.num_minibatches, args.eval_episodes, args.progress = 2, 1, False
+    script.main(args)
+    (rollout,) = seen
+    np.testing.assert_array_equal(rollout.next_obs[..., 0], rollout.obs[..., 0])  # never the next episode's
+    np.testing.assert_array_equal(rollout.next_obs[..., 1], rollout.obs[..., 1] + 1)
+    np.testing.assert_array_equal(rollout.rewards, rollout.next_obs[..., 1])
+    odd = rollout.obs[..., 0] % 2 == 1
+    np.testing.assert_array_equal(rollout.terminations, odd & (rollout.next_obs[..., 1] == 3))
+    cut = ~odd & (rollout.next_obs[..., 1] == 5)
+    np.testing.assert_array_equal(rollout.ends, rollout.terminations.bool() | cut)
+    assert cut.sum() == 12 and rollout.terminations.sum() == 9
+    assert scalars(run_dirs(tmp_path)[0], "charts/episodic_length")[:4] == [(15, 5.0)] * 3 + [(24, 3.0)]
+
+
+@on_policy
+def test_on_policy_value_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["script"])
+    sizes = {"num_envs": 1, "num_steps": 10, "num_minibatches": 2, "eval_episodes": 1}
+    args = script.Args(env_id="tests.scripted_env:NotANumber-v0", total_timesteps=2000, progress=False, **sizes)
+    args.checkpoint_frequency = 10
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    assert "a reward is not finite at step 51" in str(stop.value)
+    checkpoint = load(run_dirs(tmp_path)[0])
+    assert checkpoint["global_step"] == 50
+    assert all(torch.isfinite(x).all() for x in flatten(checkpoint) if isinstance(x, torch.Tensor))
+
+
+@on_policy
+def test_worker_processes_give_the_same_run(script, small, monkeypatch, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 100, *small]
+    assert run_script(monkeypatch, script, *flags) == 0
+    time.sleep(1.1)
+    assert run_script(monkeypatch, script, *flags, "--async-envs") == 0
+    first, second = (load(run_dir) for run_dir in run_dirs(tmp_path))
+    assert equal(first, second)
 
 
 BAD = {
@@ -308,10 +401,7 @@ BAD = {
     "discrete actions": "--env-id CartPole-v1",
     "images": "--env-id tests.scripted_env:Image-v0",
     "unbounded actions": "--env-id tests.scripted_env:Unbounded-v0",
-    "no batch": "--batch-size 0",
-    "negative size": "--buffer-size -5",
     "no environments": "--num-envs 0",
-    "not a number": "--policy-lr nan",
     "discount above one": "--gamma 1.5",
     "missing checkpoint": "--resume nowhere.pt",
     "unreadable checkpoint": "--resume garbage.pt",
@@ -321,6 +411,16 @@ BAD = {
     "moviepy not installed": "--capture-video",
     "seed too large": "--seed 4294967296",
 }
+BAD_OFF_POLICY = {
+    "no batch": "--batch-size 0",
+    "negative size": "--buffer-size -5",
+    "not a number": "--policy-lr nan",
+}
+BAD_ON_POLICY = {
+    "no steps": "--num-steps 0",
+    "too many minibatches": "--num-envs 1 --num-steps 8 --num-minibatches 8",
+    "not a rate": "--learning-rate nan",
+}
 BAD_DIFFUSION = {
     "no denoising step": "--diffusion-steps 0",
     "delta of two": "--delta-first 2",
@@ -329,16 +429,21 @@ BAD_DIFFUSION = {
 }
 
 
-@pytest.mark.parametrize("case", BAD | BAD_DIFFUSION)
-def test_bad_input_is_refused_in_one_sentence(script, case, monkeypatch, tmp_path, capsys):
-    if case in BAD_DIFFUSION and not script.__name__.startswith("diff"):
-        pytest.skip("a flag of the diffusion policy")
+def bad_input():
+    for script in SCRIPTS:
+        cases = BAD | (BAD_ON_POLICY if script in ON_POLICY else BAD_OFF_POLICY)
+        for case, flags in (cases | (BAD_DIFFUSION if "diff" in script.__name__ else {})).items():
+            yield pytest.param(script, flags, id=f"{script.__name__}: {case}")
+
+
+@pytest.mark.parametrize("script,flags", bad_input())
+def test_bad_input_is_refused_in_one_sentence(script, flags, monkeypatch, tmp_path, capsys):
     (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
     torch.save({"script": "another_script", "args": {}}, tmp_path / "other.pt")
     before = sorted(tmp_path.iterdir())
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in ("wandb", "moviepy") else find_spec(n))
-    assert run_script(monkeypatch, script, *(BAD | BAD_DIFFUSION)[case].split(), "--total-timesteps", 10) == 2
+    assert run_script(monkeypatch, script, *flags.split(), "--total-timesteps", 10) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and sorted(tmp_path.iterdir()) == before
     sentence = [line for line in error.splitlines() if "error: " in line or "Error parsing" in line]

@@ -1,0 +1,670 @@
+"""DiffPPO: PPO with a diffusion policy (Sanokowski, Patil, Knoll 2025, arXiv 2512.02019). Docs: docs/diffppo.md
+
+Maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]: the entropy is part of the reward and so of the soft value V;
+alpha = 0 is plain PPO. On data (s, a, R, s') of the policy pi_old, with the ratio r = pi(a|s) / pi_old(a|s),
+
+    advantage  A_t = d_t + gamma lambda A_(t+1),  d_t = R - alpha log pi_old(a|s) + gamma (1 - terminated) V(s') - V(s)
+    actor      -E[ min( r A, clip(r, 1 - eps, 1 + eps) A ) ],  where A is refreshed: A_t + alpha ( log pi_old - log pi )
+    critic     E[ ( V(s) - V_old(s) - A_t )^2 ] / 2
+
+Here K denoising steps lead from a^K ~ q(a^K) = N(0, nu^2 I) to a^0, and tanh(a^0), scaled to the bounds, is executed.
+PPO runs on the augmented problem with states (s, a^k, k) and actions a^(k-1):
+
+    denoising  q(a^(k-1) | a^k, s) = N( (1 - delta_k / 2) a^k + nu^2 delta_k u_theta(s, a^k, k), nu^2 delta_k I )   (1)
+    noising    pi(a^k | a^(k-1))   = N( (1 - delta_k / 2) a^(k-1), nu^2 delta_k I )                                  (2)
+    actor      one ratio per denoising step, l_k = log q - log pi in place of log pi(a|s), and if delta is learned the
+               gradient of -alpha log pi(a^k | a^(k-1)) besides                                                      (3)
+
+Inside a chain gamma = lambda = 1; at its end R, the entropy of a^K and the log-determinant of the squashing join
+the soft reward. alpha = 0 is DPPO (Ren et al. 2024, arXiv 2409.00588).
+
+    python diffppo_continuous.py --env-id HalfCheetah-v4
+    python diffppo_continuous.py --resume runs/<run>/checkpoint.pt
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    "name of this experiment"
+    seed: int = 1
+    "seed of python, numpy, torch, the environments and their action spaces"
+    env_id: str = "HalfCheetah-v4"
+    "gymnasium id: -v4, -v5, dm_control/dog-run-v0 (needs shimmy[dm-control]) or module:id"
+    total_timesteps: int = 1_000_000
+    "environment steps of the whole run, over all environments"
+    num_envs: int = 8
+    "environments stepped together"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    "auto takes CUDA, then MPS, then the CPU"
+    torch_threads: int = 1
+    "CPU threads of torch; more than one is slower for networks of this size"
+    progress: bool = True
+    "show a progress bar"
+    track: bool = False
+    "also log to Weights & Biases (needs wandb)"
+    wandb_project_name: str = "diffusion-maxent-rl"
+    "the wandb project"
+    wandb_entity: str | None = None
+    "the wandb team"
+    capture_video: bool = False
+    "record the first environment to runs/<run>/videos (needs moviepy)"
+    eval_frequency: int = 10_000
+    "environment steps between two evaluations; 0 evaluates only at the end"
+    eval_episodes: int = 10
+    "episodes of one evaluation, each for the stochastic and for the mean action"
+    checkpoint_frequency: int = 50_000
+    "environment steps between two checkpoints; 0 writes one only at the end"
+    resume: str | None = None
+    "checkpoint to go on from; its arguments apply, flags given beside --resume override them"
+
+    # Algorithm specific arguments
+    async_envs: bool = False
+    "step each environment in a process of its own: for slow environments on many cores"
+    num_steps: int = 256
+    "steps of each environment between two updates"
+    learning_rate: float = 3e-4
+    "learning rate of actor and critic"
+    anneal_lr: bool = True
+    "let the learning rate fall linearly to zero"
+    gamma: float = 0.99
+    "discount factor"
+    gae_lambda: float = 0.95
+    "lambda of the generalised advantage estimate"
+    num_minibatches: int = 32
+    "minibatches of one epoch"
+    update_epochs: int = 10
+    "epochs over the data of one rollout"
+    norm_adv: bool = True
+    "standardise the advantages of each minibatch"
+    clip_coef: float = 0.2
+    "clipping range eps of the probability ratio"
+    ent_coef: float = 0.0
+    "weight of an entropy bonus in the loss: the usual form, which does not look ahead"
+    alpha: float = 0.0
+    "temperature: weight of the entropy in the reward, in units of the reward"
+    vf_coef: float = 0.5
+    "weight of the critic's loss"
+    max_grad_norm: float = 0.5
+    "largest norm of the gradient"
+    target_kl: float | None = None
+    "end the epochs of an update when the approximate KL divergence passes this"
+    hidden_dim: int = 64
+    "width of the two hidden layers of every network"
+
+    # Diffusion policy
+    diffusion_steps: int = 8
+    "denoising steps K from the prior to the action"
+    prior_std: float = 1.0
+    "standard deviation nu of the prior, before squashing"
+    delta_first: float = 1.0
+    "delta_K of the first denoising step; a geometric schedule leads to delta_1"
+    delta_last: float = 0.01
+    "delta_1 of the last of several denoising steps; its noise has standard deviation nu sqrt(delta_1)"
+    learn_delta: bool = True
+    "learn delta_k for each step and action dimension, or keep the schedule"
+
+    def __post_init__(self):
+        at_least_one = "total_timesteps num_envs torch_threads eval_episodes num_steps num_minibatches update_epochs"
+        not_negative = "seed eval_frequency checkpoint_frequency learning_rate clip_coef ent_coef alpha vf_coef"
+        for names, least in ((at_least_one + " hidden_dim", 1), (not_negative + " max_grad_norm", 0)):
+            for name in names.split():
+                if not least <= getattr(self, name) < math.inf:
+                    raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2**32, not {self.seed}")
+        if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
+            raise ValueError(f"--gamma and --gae-lambda must lie in [0, 1], not {self.gamma} and {self.gae_lambda}")
+        if self.num_envs * self.num_steps < 2 * self.num_minibatches:
+            raise ValueError("--num-envs times --num-steps must be at least twice --num-minibatches")
+        if not (DELTA_MIN < self.delta_last <= self.delta_first < DELTA_MAX):
+            raise ValueError(f"need {DELTA_MIN} < --delta-last <= --delta-first < {DELTA_MAX}")
+        if not (self.diffusion_steps >= 1 and 0 < self.prior_std < math.inf):
+            raise ValueError("--diffusion-steps must be at least 1 and --prior-std positive")
+
+
+def fail(message: str) -> NoReturn:
+    """End the program as a user's mistake deserves: one sentence on stderr, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_env(env_id, seed, idx, capture_video, run_name):
+    """Return a thunk that makes environment `idx` of a run: flat Box observations, episode statistics in its info."""
+
+    def thunk():
+        try:
+            if env_id.startswith("dm_control/"):
+                import shimmy  # noqa: F401  (registers the dm_control environments)
+            record = capture_video and idx == 0
+            env = gym.make(env_id, render_mode="rgb_array") if record else gym.make(env_id)
+            if isinstance(env.observation_space, gym.spaces.Dict):
+                env = gym.wrappers.FlattenObservation(env)
+            spaces = {"observation": env.observation_space, "action": env.action_space}
+            for name, space in spaces.items():
+                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                    fail(f"{env_id} has {name} space {space}, but this script needs a Box with one axis")
+            if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
+                fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
+            if record:
+                env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
+        except (gym.error.Error, ImportError) as error:
+            fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        env.action_space.seed(seed + idx)
+        return env
+
+    return thunk
+
+
+class Rollout(NamedTuple):
+    """Data of one rollout, (num_steps, num_envs) or with one more axis, obs_dim or action_dim."""
+
+    obs: torch.Tensor
+    next_obs: torch.Tensor  # after an episode's end its last observation, not the first one of the next episode
+    latents: torch.Tensor  # chains a^K ... a^0, (num_steps, num_envs, K + 1, action_dim)
+    rewards: torch.Tensor
+    terminations: torch.Tensor  # 1 where the episode ended in a terminal state; a time limit leaves 0 and bootstraps
+    ends: torch.Tensor  # 1 where the episode ended, for either reason
+
+
+class RunningNormalizer(nn.Module):
+    """Mean and variance of all rows seen so far, as buffers of the module; only `update` changes them."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(1e-4))
+
+    def update(self, rows):
+        """Take rows (count, dim) into account."""
+        total, shift = self.count + len(rows), rows.mean(0) - self.mean
+        spread = self.var * self.count + rows.var(0, unbiased=False) * len(rows)
+        self.var.copy_((spread + shift.square() * self.count * len(rows) / total) / total)
+        self.mean.add_(shift * len(rows) / total)
+        self.count.copy_(total)
+
+    def forward(self, x):
+        """Standardise x (..., dim) and clip it to [-10, 10]."""
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+class ReturnScaler(nn.Module):
+    """Divides rewards by the standard deviation of the discounted sums of past rewards, kept as buffers."""
+
+    def __init__(self, num_envs, gamma):
+        super().__init__()
+        self.gamma, self.normalizer = gamma, RunningNormalizer(1)
+        self.register_buffer("discounted", torch.zeros(num_envs))
+
+    def update(self, rewards, ends):
+        """Take the rewards of a rollout, (num_steps, num_envs), into account; an end starts a new sum."""
+        sums = []
+        for reward, end in zip(rewards, ends, strict=True):
+            self.discounted.mul_(self.gamma).add_(reward)
+            sums.append(self.discounted.clone())
+            self.discounted.mul_(1 - end)
+        self.normalizer.update(torch.cat(sums)[:, None])
+
+    def scale(self):
+        """The factor for rewards, and for all that is in their units."""
+        return (self.normalizer.var + 1e-8).rsqrt()
+
+
+# ALGO LOGIC: initialize agent here:
+def mlp(sizes, last_gain):
+    """Tanh network, orthogonal initial weights of gain sqrt(2), in the last layer `last_gain`."""
+    layers = []
+    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2) if len(layers) < 2 * len(sizes) - 2 else last_gain)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
+
+
+class Critic(nn.Module):
+    """Soft value V(s), in units of the scaled rewards."""
+
+    def __init__(self, obs_dim, args):
+        super().__init__()
+        self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, 1), last_gain=1.0)
+
+    def forward(self, obs):
+        """Values (batch,) of normalised obs (batch, obs_dim)."""
+        return self.net(obs).squeeze(-1)
+
+
+DELTA_MIN, DELTA_MAX = 1e-4, 1.9  # range of a learned delta_k; at 2 the mean of a kernel would change its sign
+
+
+class Actor(nn.Module):
+    """Diffusion policy, squashed by tanh into the bounds of the action space; owns the observation normaliser.
+
+    Row k - 1 of a tensor of K rows belongs to denoising step k; chains are in the order of drawing, a^K ... a^0.
+    """
+
+    def __init__(self, observation_space, action_space, args):
+        super().__init__()
+        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
+        low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+        self.normalizer = RunningNormalizer(obs_dim)
+        self.diffusion_steps, self.prior_std = args.diffusion_steps, args.prior_std
+        k = torch.arange(1, self.diffusion_steps + 1)
+        self.register_buffer("order", k.flip(0))  # K ... 1
+        position = (self.diffusion_steps - k) / max(self.diffusion_steps - 1, 1)  # 0 at step K, 1 at step 1
+        delta = args.delta_first * (args.delta_last / args.delta_first) ** position
+        logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
+        self.delta_logit = nn.Parameter(logit[:, None].repeat(1, action_dim), requires_grad=args.learn_delta)
+        angle = k[:, None] * 100 ** -torch.linspace(0, 1, 16)
+        self.register_buffer("step_embedding", torch.cat((angle.sin(), angle.cos()), dim=1))
+        obs_dim += action_dim + self.step_embedding.shape[1]  # the state (s, a^k, k)
+        self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, action_dim), last_gain=0.0)  # u_theta = 0 at first
+
+    def std(self):
+        """Standard deviation nu sqrt(delta_k) of both kernels, (K, action_dim)."""
+        delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * torch.sigmoid(self.delta_logit)
+        return self.prior_std * delta.sqrt()
+
+    def augment(self, obs, latent, k):
+        """State (s, a^k, k) as a vector from normalised obs, latents a^k and steps k (...)."""
+        return torch.cat((obs, latent, self.step_embedding[k - 1]), dim=-1)
+
+    def kernels(self, state, latent, k):
+        """Mean of the denoising kernel, decay 1 - delta_k / 2 and std of both kernels, all (..., action_dim)."""
+        std = self.std()[k - 1]
+        decay = 1 - (std / self.prior_std).square() / 2
+        return decay * latent + std * self.net(state), decay, std  # the network's output is nu sqrt(delta_k) u_theta
+
+    def forward(self, obs, noise_scale=1.0):
+        """Draw a chain a^K ... a^0, (batch, K + 1, action_dim), for each row of normalised obs (batch, obs_dim)."""
+        noise = noise_scale * torch.randn(self.diffusion_steps + 1, len(obs), len(self.action_scale), device=obs.device)
+        latents = [self.prior_std * noise[-1]]
+        for k in self.order[:, None].expand(-1, len(obs)):
+            mean, _, std = self.kernels(self.augment(obs, latents[-1], k), latents[-1], k)
+            latents.append(mean + std * noise[len(latents) - 1])
+        return torch.stack(latents, dim=1)
+
+    def log_density(self, state, latent, next_latent, k):
+        """log q(a^(k-1) | a^k, s) and log pi(a^k | a^(k-1)), both (...), at states of `augment`."""
+        mean, decay, std = self.kernels(state, latent, k)
+        noises = (next_latent - mean) / std, (latent - decay * next_latent) / std  # DIFF: (1), (2)
+        return tuple((-0.5 * x.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1) for x in noises)
+
+    def chain(self, obs, latents):
+        """The K steps of chains (..., K + 1, action_dim) at obs (..., obs_dim): state, latent, next_latent, k."""
+        k = self.order.expand(*latents.shape[:-2], -1)
+        obs = obs.unsqueeze(-2).expand(*k.shape, -1)
+        return self.augment(obs, latents[..., :-1, :], k), latents[..., :-1, :], latents[..., 1:, :], k
+
+    def squash(self, latent):
+        """Map chains (..., K + 1, action_dim) to actions in the bounds and the log-determinant (...) of that map."""
+        latent = latent[..., -1, :]
+        action = torch.tanh(latent) * self.action_scale + self.action_bias
+        # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
+        log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
+        return action, (log_slope + self.action_scale.log()).sum(-1)
+
+    def sample(self, obs):
+        """Action (batch, action_dim) and its path log-ratio (batch,), in place of a log-probability."""
+        obs = self.normalizer(obs)
+        latent = self(obs)
+        action, log_det = self.squash(latent)
+        log_prob, log_noising = self.log_density(*self.chain(obs, latent))
+        log_prior = -0.5 * (latent[:, 0] / self.prior_std).square() - math.log(self.prior_std * math.sqrt(2 * math.pi))
+        return action, log_prior.sum(-1) + (log_prob - log_noising).sum(-1) - log_det
+
+    def mean_action(self, obs):
+        """Action (batch, action_dim) of the chain with all noises zero."""
+        return self.squash(self(self.normalizer(obs), noise_scale=0.0))[0]
+
+    def get_action(self, obs):
+        """Return (action, log_prob, mean_action) of shapes (batch, action_dim), (batch,), (batch, action_dim)."""
+        return *self.sample(obs), self.mean_action(obs)
+
+
+def gae(rewards, values, next_values, discounts, traces):
+    """Generalised advantage estimate (Schulman et al. 2016, arXiv 1506.02438), all tensors (steps, num_envs).
+
+    discounts: gamma, 0 at a terminal state. traces: gamma lambda, 0 where the episode ends, cut off or terminated.
+    """
+    advantages = rewards + discounts * next_values - values
+    for t in range(len(rewards) - 2, -1, -1):
+        advantages[t] += traces[t] * advantages[t + 1]
+    return advantages
+
+
+@torch.no_grad()
+def training_rows(actor, critic, return_scaler, rollout, args):
+    """Rows of a rollout for `update`, one for each decision, in units of scaled rewards; and their scale.
+
+    The columns: arguments of `log_density`, its value, advantages without their own entropy term, returns, values.
+    """
+    obs, next_obs = actor.normalizer(rollout.obs), actor.normalizer(rollout.next_obs)
+    chain = actor.chain(obs, rollout.latents)
+    log_prob, log_noising = actor.log_density(*chain)
+    soft_rewards = -args.alpha * (log_prob - log_noising)
+    prior_entropy = (math.log(args.prior_std) + 0.5 * math.log(2 * math.pi * math.e)) * len(actor.action_scale)
+    soft_rewards[..., -1] += rollout.rewards + args.alpha * (prior_entropy + actor.squash(rollout.latents)[1])
+    return_scaler.update(soft_rewards.sum(-1), rollout.ends)
+    scale = return_scaler.scale()
+    values, next_values = critic(chain[0]), torch.zeros_like(soft_rewards)
+    next_values[..., :-1] = values[..., 1:]
+    next_values[:-1, :, -1] = values[1:, :, 0]
+    fresh = actor.augment(next_obs, args.prior_std * torch.randn_like(rollout.latents[..., 0, :]), chain[3][..., 0])
+    cut = torch.cat((rollout.ends[:-1], torch.ones_like(rollout.ends[-1:])))  # no next chain in the rollout
+    next_values[..., -1] = torch.where(cut > 0, critic(fresh), next_values[..., -1])
+    discounts, traces = torch.ones_like(values), torch.ones_like(values)  # inside a chain
+    discounts[..., -1] = args.gamma * (1 - rollout.terminations)
+    traces[..., -1] = args.gamma * args.gae_lambda * (1 - rollout.ends)
+    axis = [x.transpose(1, 2).flatten(0, 1) for x in (soft_rewards * scale, values, next_values, discounts, traces)]
+    advantages = gae(*axis).view(values.transpose(1, 2).shape).transpose(1, 2)
+    refreshed = advantages + args.alpha * scale * (log_prob - log_noising)  # `update` subtracts the current ones
+    rows = (*chain, log_prob, refreshed, advantages + values, values)
+    return tuple(x.flatten(0, 2) for x in rows), scale
+
+
+def policy_loss(log_prob, old_log_prob, advantages, clip_coef):
+    """Clipped surrogate of a minibatch; also returns the ratios (batch,)."""
+    ratio = (log_prob - old_log_prob).exp()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean(), ratio
+
+
+def noising_loss(log_noising, ratio, advantages, clip_coef, alpha):
+    """A learned delta moves the noising kernel too: -alpha log pi, wherever the clipped surrogate has a gradient."""
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    weight = (ratio * (ratio * advantages <= clipped * advantages)).detach()
+    return -(alpha * weight * log_noising).mean()  # DIFF: (3)
+
+
+class RandomState:
+    """The states of torch's generators, of the CPU and of `device`, as a part of a checkpoint."""
+
+    def __init__(self, device):
+        self.modules = {"cpu": torch}
+        if device.type != "cpu":
+            self.modules[device.type] = getattr(torch, device.type)
+
+    def state_dict(self):
+        return {name: module.get_rng_state() for name, module in self.modules.items()}
+
+    def load_state_dict(self, state):
+        for name in self.modules.keys() & state.keys():  # a run may go on on another device
+            self.modules[name].set_rng_state(state[name])
+
+
+@torch.no_grad()
+def evaluate(actor, args, device):
+    """Run `eval_episodes` episodes with the stochastic and as many with the mean action, in environments of their own.
+
+    Returns {metric name: undiscounted returns (eval_episodes,)}. Leaves the random state of the training run alone.
+    """
+    state = RandomState(device).state_dict()
+    torch.manual_seed(args.seed)
+    seeds = np.random.SeedSequence((args.seed, 1)).generate_state(args.eval_episodes).tolist()
+    thunks = [make_env(args.env_id, seed, 0, False, "") for seed in seeds]
+    returns = {}
+    policies = {"episodic_return": lambda obs: actor.sample(obs)[0], "episodic_return_mean_action": actor.mean_action}
+    for name, policy in policies.items():
+        envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+        obs, _ = envs.reset(seed=seeds)
+        returns[name], active = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
+        while active.any():  # one episode of each environment
+            actions = policy(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[name] += active * rewards
+            active &= ~(terminations | truncations)
+        envs.close()
+    RandomState(device).load_state_dict(state)
+    return returns
+
+
+def save_checkpoint(path, args, parts, **values):
+    """Write `values`, the arguments and the state of all `parts` to `path`.
+
+    A temporary file is written, flushed to the disk and renamed: `path` holds the old checkpoint or the new one, whole.
+    """
+    checkpoint = {"script": Path(__file__).stem, "args": asdict(args), **values}
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint | {name: part.state_dict() for name, part in parts.items()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this script: a dict with its tensors on the CPU and "args" as `Args`. Unpickles no code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint["script"] == Path(__file__).stem:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
+        problem = f"was written by {checkpoint['script']}.py"
+    except Exception as error:  # whatever is wrong with the file, the user needs its name and one sentence
+        problem = f"cannot be read ({type(error).__name__})"
+    fail(f"the checkpoint {path} {problem}")
+
+
+def restore_checkpoint(checkpoint, parts):
+    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep the learning rates they have."""
+    try:
+        for name, part in parts.items():
+            rates = [group["lr"] for group in getattr(part, "param_groups", [])]
+            part.load_state_dict(checkpoint[name])
+            for group, rate in zip(getattr(part, "param_groups", []), rates, strict=True):
+                group["lr"] = rate
+    except (KeyError, RuntimeError, ValueError) as error:
+        fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
+
+
+def make_run_dir(args):
+    """Make the folder runs/{env_id}__{exp_name}__{seed}__{time} and return its path."""
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    try:
+        os.makedirs(f"runs/{run_name}")
+    except FileExistsError:  # two runs in one second
+        time.sleep(1)
+        return make_run_dir(args)
+    except OSError as error:
+        fail(f"cannot make the folder runs/{run_name}: {error.strerror}")
+    return Path("runs", run_name)
+
+
+def check_finite(values, global_step, run_dir):
+    """Stop the run, exit code 1, if any of these arrays or tensors is not finite; the last checkpoint is left alone."""
+    for name, value in values.items():
+        if not torch.as_tensor(value).isfinite().all():
+            sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
+
+
+def main(args: Args):
+    torch.set_num_threads(args.torch_threads)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not getattr(torch, device).is_available():
+        fail(f"--device {device} is not available on this machine")
+    device = torch.device(device)
+    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        if getattr(args, flag) and not importlib.util.find_spec(package):
+            fail(f"--{flag.replace('_', '-')} needs the package {package}")
+    make_env(args.env_id, args.seed, 0, False, "")().close()  # refuses what does not fit before a folder is made
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    if checkpoint and checkpoint["args"].env_id != args.env_id:
+        fail(f"the checkpoint {args.resume} is of {checkpoint['args'].env_id}, not of {args.env_id}")
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    run_dir = Path(args.resume).resolve().parent if checkpoint else make_run_dir(args)
+
+    # TRY NOT TO MODIFY: seeding
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+
+    # env setup
+    env_seed = args.seed + global_step  # a resumed run starts new episodes
+    thunks = [make_env(args.env_id, env_seed, i, args.capture_video, run_dir.name) for i in range(args.num_envs)]
+    envs = (AsyncVectorEnv if args.async_envs else SyncVectorEnv)(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+    actor = Actor(envs.single_observation_space, envs.single_action_space, args).to(device)
+    critic = Critic(actor.net[0].in_features, args).to(device)
+    return_scaler = ReturnScaler(args.num_envs, args.gamma).to(device)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    parts = {"actor": actor, "critic": critic, "return_scaler": return_scaler, "optimizer": optimizer}
+    parts |= {"random_state": RandomState(device)}
+    if checkpoint:
+        restore_checkpoint(checkpoint, parts)
+
+    # ALGO Logic: Storage setup
+    batch_steps = args.num_steps * args.num_envs
+    shape = (args.num_steps, args.num_envs)
+    shapes = ((*shape, obs_dim), (*shape, obs_dim), (*shape, args.diffusion_steps + 1, action_dim), shape, shape, shape)
+    rollout = Rollout(*(torch.zeros(s, device=device) for s in shapes))
+
+    def update(batch, alpha):
+        """One gradient step on a minibatch, alpha in units of the scaled rewards; returns tensors for the log."""
+        *b_steps, b_old_log_prob, b_advantages, b_returns, _ = batch
+        log_prob, log_noising = actor.log_density(*b_steps)
+        b_advantages = b_advantages - alpha * (log_prob - log_noising).detach()  # that of the current policy
+        mean, spread = (b_advantages.mean(), b_advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
+        b_advantages = (b_advantages - mean) / spread
+        actor_loss, ratio = policy_loss(log_prob, b_old_log_prob, b_advantages, args.clip_coef)
+        actor_loss = actor_loss + noising_loss(log_noising, ratio, b_advantages, args.clip_coef, alpha / spread)
+        entropy = (actor.std().log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
+        value_loss = 0.5 * (critic(b_steps[0]) - b_returns).square().mean()
+        loss = actor_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        approx_kl = (ratio - 1 - ratio.log()).mean()
+        metrics = {"policy_loss": actor_loss, "value_loss": value_loss, "entropy": entropy, "approx_kl": approx_kl}
+        metrics["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
+        return {f"losses/{name}": value.detach() for name, value in metrics.items()}
+
+    def checkpoint_now():
+        parameters = dict(actor.named_parameters()) | dict(critic.named_parameters())
+        check_finite(metrics | parameters, global_step, run_dir)
+        save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step)
+
+    def due(frequency):
+        return frequency > 0 and global_step % frequency < batch_steps
+
+    if args.track:
+        import wandb
+
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name, "resume": "allow"}
+        wandb.init(
+            name=run_dir.name, config=asdict(args), sync_tensorboard=True, monitor_gym=True, save_code=True, **where
+        )
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
+    packages = [name for name in ("torch", "gymnasium", "mujoco", "numpy") if importlib.util.find_spec(name)]
+    facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
+    facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in facts.items()))
+    stop = []
+
+    def on_signal(number, _):
+        stop.append(number)  # leave after the current step, with a checkpoint
+        signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    # TRY NOT TO MODIFY: start the game
+    current_obs, _ = envs.reset(seed=env_seed)
+    metrics, start_step, start_time = {}, global_step, time.time()
+    progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
+    while global_step < args.total_timesteps and not stop:
+        if args.anneal_lr:
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            # ALGO LOGIC: action logic
+            obs = torch.as_tensor(current_obs, dtype=torch.float32, device=device)
+            with torch.no_grad():
+                latents = actor(actor.normalizer(obs))
+                actions = actor.squash(latents)[0].cpu().numpy()
+
+            # TRY NOT TO MODIFY: execute the game and log data
+            current_obs, reward, terminated, truncated, infos = envs.step(actions)
+            real_next_obs = current_obs.copy()
+            for i in np.flatnonzero(terminated | truncated):  # current_obs[i] already belongs to the next episode
+                real_next_obs[i] = infos["final_obs"][i]
+                episode = infos["final_info"]["episode"]
+                writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
+                writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
+                progress.set_postfix_str(f"episodic_return {episode['r'][i]:.1f}", refresh=False)
+            if not (np.isfinite(real_next_obs).all() and np.isfinite(reward).all()):
+                check_finite(metrics | {"an observation": real_next_obs, "a reward": reward}, global_step, run_dir)
+            data = (obs, real_next_obs, latents, reward, terminated, terminated | truncated)
+            for storage, values in zip(rollout, data, strict=True):
+                storage[step] = torch.as_tensor(values, dtype=torch.float32)
+        progress.update(batch_steps)
+
+        # Optimizing the policy and value network
+        rows, scale = training_rows(actor, critic, return_scaler, rollout, args)
+        for _ in range(args.update_epochs):
+            for indices in torch.randperm(len(rows[0]), device=device).chunk(args.num_minibatches):
+                metrics = update([x[indices] for x in rows], args.alpha * scale)
+            if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
+                break
+        actor.normalizer.update(rollout.obs.flatten(0, 1))  # only now: the ratios need what the rollout saw
+
+        check_finite(metrics, global_step, run_dir)
+        returns, values = rows[-2:]
+        metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value.mean().item(), global_step)
+        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
+        if due(args.eval_frequency) or global_step >= args.total_timesteps:
+            for name, returns in evaluate(actor, args, device).items():
+                writer.add_scalar(f"eval/{name}", returns.mean(), global_step)
+                progress.write(f"step {global_step}: {name} {returns.mean():.1f} +- {returns.std():.1f}")
+        if due(args.checkpoint_frequency):
+            checkpoint_now()
+
+    checkpoint_now()
+    progress.close()
+    envs.close()
+    writer.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stop and global_step < args.total_timesteps:
+        sys.exit(128 + stop[0])
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+    main(args)
