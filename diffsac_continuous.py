@@ -373,27 +373,24 @@ class RandomState:
 
 
 @torch.no_grad()
-def evaluate(actor, args, device):
-    """Run `eval_episodes` episodes with the stochastic and as many with the mean action, in environments of their own.
+def evaluate(actor, envs, seed, device):
+    """Run one episode of each of these environments with the stochastic and one with the mean action.
 
-    Returns {metric name: undiscounted returns (eval_episodes,)}. Leaves the random state of the training run alone.
+    Returns {metric name: undiscounted returns (num_envs,)}. Leaves the random state of the training run alone.
     """
     state = RandomState(device).state_dict()
-    torch.manual_seed(args.seed)
-    seeds = np.random.SeedSequence((args.seed, 1)).generate_state(args.eval_episodes).tolist()
-    thunks = [make_env(args.env_id, seed, 0, False, "") for seed in seeds]
+    torch.manual_seed(seed)
+    seeds = np.random.SeedSequence((seed, 1)).generate_state(envs.num_envs).tolist()  # other ones than for training
     returns = {}
     policies = {"episodic_return": lambda obs: actor.sample(obs)[0], "episodic_return_mean_action": actor.mean_action}
     for name, policy in policies.items():
-        envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
         obs, _ = envs.reset(seed=seeds)
         returns[name], active = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
-        while active.any():  # one episode of each environment
+        while active.any():
             actions = policy(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
             obs, rewards, terminations, truncations, _ = envs.step(actions)
             returns[name] += active * rewards
             active &= ~(terminations | truncations)
-        envs.close()
     RandomState(device).load_state_dict(state)
     return returns
 
@@ -483,6 +480,8 @@ def main(args: Args):
     env_seed = args.seed + global_step  # a resumed run starts new episodes
     thunks = [make_env(args.env_id, env_seed, i, args.capture_video, run_dir.name) for i in range(args.num_envs)]
     envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+    thunks = [make_env(args.env_id, args.seed, i, False, "") for i in range(args.eval_episodes)]
+    eval_envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     actor = Actor(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -601,7 +600,7 @@ def main(args: Args):
                 writer.add_scalar(name, value.mean().item(), global_step)
             writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
         if due(args.eval_frequency) or global_step >= args.total_timesteps:
-            for name, returns in evaluate(actor, args, device).items():
+            for name, returns in evaluate(actor, eval_envs, args.seed, device).items():
                 writer.add_scalar(f"eval/{name}", returns.mean(), global_step)
                 progress.write(f"step {global_step}: {name} {returns.mean():.1f} +- {returns.std():.1f}")
         if due(args.checkpoint_frequency):
@@ -610,6 +609,7 @@ def main(args: Args):
     checkpoint_now()
     progress.close()
     envs.close()
+    eval_envs.close()
     writer.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)

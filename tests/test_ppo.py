@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import diffppo_continuous
 import ppo_continuous
@@ -283,4 +284,6 @@ def test_learns_to_take_the_action_that_pays(script, monkeypatch, tmp_path):
     checkpoint = torch.load(next(tmp_path.glob("runs/*/checkpoint.pt")), weights_only=True)
     actor = make_actor(script, 1, hidden_dim=32)
     actor.load_state_dict(checkpoint["actor"])
-    assert script.evaluate(actor, args, torch.device("cpu"))["episodic_return"].mean() > 12  # of 20; 0 at random
+    thunks = [script.make_env(args.env_id, 1, i, False, "") for i in range(3)]
+    envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+    assert script.evaluate(actor, envs, 1, torch.device("cpu"))["episodic_return"].mean() > 12  # of 20; 0 at random

@@ -10,10 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.common import OFF_POLICY, ON_POLICY, ROOT, SCRIPTS, make_actor, randomise, run_script
 
+SAME_STEP = AutoresetMode.SAME_STEP
 SMALL = "--hidden-dim 16 --eval-episodes 2 --no-progress --device cpu".split()
 SMALL_OFF = [*SMALL, *"--batch-size 16 --learning-starts 40".split()]
 SMALL_ON = [*SMALL, *"--num-envs 2 --num-steps 10 --num-minibatches 2 --update-epochs 2".split()]
@@ -255,19 +257,23 @@ def test_actions_come_from_the_policy_after_the_random_ones(script, monkeypatch,
     assert (actions[:40] != 0.125).all() and actions[:40].abs().max() > 1.5 and (actions[40:] == 0.125).all()
 
 
+def eval_envs(script, env_id):
+    return SyncVectorEnv([script.make_env(env_id, 1, i, False, "") for i in range(3)], autoreset_mode=SAME_STEP)
+
+
 def test_evaluation_sums_rewards_over_one_episode(script, monkeypatch):
-    """The scripted environment pays 1 + 2 + 3 + 4 + 5 in its first episode; NoisyPay pays the action."""
-    args = script.Args(env_id="tests.scripted_env:Scripted-v0", eval_episodes=3)
-    returns = script.evaluate(make_actor(script, 2), args, torch.device("cpu"))
+    """The scripted environment pays 1 + 2 + 3 + 4 + 5 in its first episode; the other pays its action, 20 times."""
+    envs = eval_envs(script, "tests.scripted_env:Scripted-v0")
+    returns = script.evaluate(make_actor(script, 2), envs, 1, torch.device("cpu"))
     assert {name: list(values) for name, values in returns.items()} == {
         "episodic_return": [15.0] * 3,
         "episodic_return_mean_action": [15.0] * 3,
     }
-    args.env_id = "tests.scripted_env:PaysTheAction-v0"
     actor = make_actor(script, 1)
     monkeypatch.setattr(actor, "sample", lambda obs: (torch.full((len(obs), 1), 0.25), torch.zeros(len(obs))))
     monkeypatch.setattr(actor, "mean_action", lambda obs: torch.full((len(obs), 1), -0.5))
-    returns = script.evaluate(actor, args, torch.device("cpu"))
+    envs = eval_envs(script, "tests.scripted_env:PaysTheAction-v0")
+    returns = script.evaluate(actor, envs, 1, torch.device("cpu"))
     assert list(returns["episodic_return"]) == [5.0] * 3 and list(returns["episodic_return_mean_action"]) == [-10.0] * 3
 
 
@@ -436,7 +442,7 @@ def bad_input():
             yield pytest.param(script, flags, id=f"{script.__name__}: {case}")
 
 
-@pytest.mark.parametrize("script,flags", bad_input())
+@pytest.mark.parametrize("script,flags", list(bad_input()))
 def test_bad_input_is_refused_in_one_sentence(script, flags, monkeypatch, tmp_path, capsys):
     (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
     torch.save({"script": "another_script", "args": {}}, tmp_path / "other.pt")
