@@ -19,6 +19,7 @@ from typing import Annotated
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.ticker import EngFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 METRICS = re.compile(r"(eval/.*|charts/.*|losses/(alpha|entropy|qf_values|approx_kl)|diffusion/.*)")
@@ -99,6 +100,8 @@ def by_algorithm(files, metric):
 def figure(files: Annotated[list[Path], tyro.conf.Positional], to: Path, metric: str = "eval/episodic_return") -> None:
     """Draw mean and standard deviation over the seeds, and each seed as a thin line; one panel per environment."""
     groups = by_algorithm(files, metric)
+    if not groups:
+        raise SystemExit(f"error: none of the files has {metric}")
     env_ids = sorted({env_id for env_id, _ in groups})
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted({name for _, name in groups}))}
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
@@ -109,7 +112,7 @@ def figure(files: Annotated[list[Path], tyro.conf.Positional], to: Path, metric:
                 continue
             steps = sorted(set.intersection(*(set(curve[0]) for curve in seeds.values())))
             values = np.array([[dict(zip(*curve, strict=True))[step] for step in steps] for curve in seeds.values()])
-            label = f"{name.removesuffix('_continuous')} ({len(seeds)} seeds)"
+            label = f"{name.removesuffix('_continuous')} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
             axis.plot(steps, values.mean(0), color=colour[name], linewidth=2, label=label)
             axis.fill_between(
                 steps, *(values.mean(0) + s * values.std(0) for s in (-1, 1)), color=colour[name], alpha=0.15
@@ -117,7 +120,7 @@ def figure(files: Annotated[list[Path], tyro.conf.Positional], to: Path, metric:
             for row in values:
                 axis.plot(steps, row, color=colour[name], linewidth=0.6, alpha=0.6)
         axis.set(title=env_id, xlabel="environment steps", ylabel=metric.split("/")[1].replace("_", " "))
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.legend(frameon=False)
     to.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(to, dpi=150)
