@@ -104,7 +104,7 @@ class Args:
     "clipping range eps of the probability ratio"
     ent_coef: float = 0.0
     "weight of an entropy bonus in the loss: the usual form, which does not look ahead"
-    alpha: float = 0.0
+    alpha: float = 0.01
     "temperature: weight of the entropy in the reward, in units of the reward"
     vf_coef: float = 0.5
     "weight of the critic's loss"
