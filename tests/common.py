@@ -11,13 +11,14 @@ from gymnasium.spaces import Box
 
 import diffppo_continuous
 import diffsac_continuous
+import dime
 import ppo_continuous
 import sac_continuous
 
 ROOT = Path(__file__).resolve().parent.parent
 OFF_POLICY = [sac_continuous, diffsac_continuous]
 ON_POLICY = [ppo_continuous, diffppo_continuous]
-SCRIPTS = OFF_POLICY + ON_POLICY
+SCRIPTS = OFF_POLICY + ON_POLICY + [dime]
 
 
 def make_actor(script, obs_dim=3, low=(-1.0,), high=(1.0,), **flags):

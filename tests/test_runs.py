@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dime
 from tests.common import OFF_POLICY, ON_POLICY, ROOT, SCRIPTS, make_actor, randomise, run_script
 
 SAME_STEP = AutoresetMode.SAME_STEP
@@ -38,6 +39,8 @@ on_policy = pytest.mark.parametrize("script", ON_POLICY, ids=lambda script: scri
 
 @pytest.fixture
 def small(script):
+    if script is dime:
+        return [*SMALL_OFF, *"--critic-dim 16 --diffusion-steps 3 --v-max 50".split()]
     return SMALL_ON if script in ON_POLICY else SMALL_OFF
 
 
@@ -155,6 +158,23 @@ def test_loaded_policy_acts_identically(script, tmp_path):
         torch.manual_seed(1)
         policy.result = policy.get_action(obs)
     assert all(torch.equal(a, b) for a, b in zip(actor.result, other.result, strict=True))
+
+
+def test_dime_counts_its_gradient_steps(monkeypatch, tmp_path):
+    flags = "--env-id Hopper-v4 --total-timesteps 100 --critic-dim 16 --diffusion-steps 3".split()
+    assert run_script(monkeypatch, dime, *flags, *SMALL_OFF) == 0
+    (run_dir,) = run_dirs(tmp_path)
+    checkpoint = load(run_dir)
+    assert checkpoint["gradient_step"] == checkpoint["q_optimizer"]["state"][0]["step"] == 2 * 60
+    assert checkpoint["actor_optimizer"]["state"][0]["step"] == 2 * 60 // 3  # policy delay
+    assert checkpoint["alpha_optimizer"]["state"][0]["step"] == 2 * 60 // 3
+    assert checkpoint["qf"]["norms.0.batches"] == 2 * 60 and checkpoint["qf"]["norms.0.mean"].abs().max() > 0
+    for name in ("losses/qf_loss", "losses/clipped_targets", "losses/alpha", "diffusion/running_cost_per_dim"):
+        assert [step for step, _ in scalars(run_dir, name)] == [100]
+    resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", 130]
+    assert run_script(monkeypatch, dime, *resume) == 0
+    after = load(run_dir)
+    assert after["gradient_step"] == 2 * 90 and after["qf"]["norms.0.batches"] == 2 * 90
 
 
 @off_policy
@@ -433,12 +453,19 @@ BAD_DIFFUSION = {
     "growing delta": "--delta-first 0.1 --delta-last 0.2",
     "no prior": "--prior-std 0",
 }
+BAD_DIME = {
+    "no denoising step": "--diffusion-steps 0",
+    "no support": "--v-min 5 --v-max 5",
+    "one atom": "--num-atoms 1",
+    "no prior": "--prior-std 0",
+}
 
 
 def bad_input():
     for script in SCRIPTS:
         cases = BAD | (BAD_ON_POLICY if script in ON_POLICY else BAD_OFF_POLICY)
-        for case, flags in (cases | (BAD_DIFFUSION if "diff" in script.__name__ else {})).items():
+        own = BAD_DIME if script is dime else BAD_DIFFUSION if "diff" in script.__name__ else {}
+        for case, flags in (cases | own).items():
             yield pytest.param(script, flags, id=f"{script.__name__}: {case}")
 
 

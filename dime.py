@@ -1,0 +1,697 @@
+"""DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316). Docs: docs/dime.md
+
+Maximum-entropy RL maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]. The policy is a chain of K denoising steps
+from a^K ~ N(0, nu^2 I) to a^0, and b = tanh(a^0), scaled to the action bounds. With eta_k = delta c_k / kappa, c_k a
+cosine schedule, delta and kappa learned, and both kernels of the variance 2 eta_k,
+
+    denoising  q(a^(k-1) | a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f_theta(s, a^k, k), 2 eta_k )                 (1)
+    noising    pi(a^k | a^(k-1))   = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                                        (2)
+    log-ratio  L = log N(a^K; 0, nu^2) + sum_k [ log q - log pi ] - log |db / da^0|,  -E[L] <= H(pi(.|s))            (3)
+
+The losses are SAC's with L in place of log pi(b|s), trained through the whole chain, on twin categorical critics over
+fixed atoms z_i (C51), without target networks but with batch renormalisation (CrossQ):
+
+    critic       cross-entropy to the projection of R + gamma (1 - terminated) ( z_i - alpha L' ), mean of the twins (4)
+    actor        E[ alpha L - mean_j E[Z_j(s, b)] ]                                                                  (5)
+    temperature  -E[ alpha ( L + target entropy ) ]
+
+    python dime.py --env-id Humanoid-v4
+    python dime.py --env-id HalfCheetah-v4 --critic-dim 256 --diffusion-steps 8     (small: for a laptop CPU)
+    python dime.py --resume runs/<run>/checkpoint.pt
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    "name of this experiment"
+    seed: int = 1
+    "seed of python, numpy, torch, the environments and their action spaces"
+    env_id: str = "HalfCheetah-v4"
+    "gymnasium id: -v4, -v5, dm_control/dog-run-v0 (needs shimmy[dm-control]) or module:id"
+    total_timesteps: int = 1_000_000
+    "environment steps of the whole run, over all environments"
+    num_envs: int = 1
+    "environments stepped together"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    "auto takes CUDA, then MPS, then the CPU"
+    torch_threads: int = 1
+    "CPU threads of torch; more than one is slower for networks of this size"
+    progress: bool = True
+    "show a progress bar"
+    track: bool = False
+    "also log to Weights & Biases (needs wandb)"
+    wandb_project_name: str = "diffusion-maxent-rl"
+    "the wandb project"
+    wandb_entity: str | None = None
+    "the wandb team"
+    capture_video: bool = False
+    "record the first environment to runs/<run>/videos (needs moviepy)"
+    eval_frequency: int = 10_000
+    "environment steps between two evaluations; 0 evaluates only at the end"
+    eval_episodes: int = 10
+    "episodes of one evaluation, each for the stochastic and for the mean action"
+    checkpoint_frequency: int = 50_000
+    "environment steps between two checkpoints; 0 writes one only at the end"
+    resume: str | None = None
+    "checkpoint to go on from; its arguments apply, flags given beside --resume override them"
+
+    # Algorithm specific arguments
+    buffer_size: int = 1_000_000
+    "transitions kept for replay"
+    gamma: float = 0.99
+    "discount factor"
+    batch_size: int = 256
+    "transitions in one gradient step"
+    learning_starts: int = 5_000
+    "environment steps with uniformly random actions before the first gradient step"
+    utd: float = 2.0
+    "gradient steps per environment step"
+    policy_delay: int = 3
+    "gradient steps of the critics for one of actor and temperature"
+    hidden_dim: int = 256
+    "width of the three hidden layers of the actor"
+    critic_dim: int = 2048
+    "width of the two hidden layers of the critics"
+    num_atoms: int = 101
+    "atoms of the categorical critics"
+    v_min: float | None = None
+    "smallest atom; default: -200 for dm_control, -1600 elsewhere"
+    v_max: float | None = None
+    "largest atom; default: 200 for dm_control, 1600 elsewhere"
+    critic_entropy: float = 0.005
+    "weight of the entropy of the predicted distributions in the critics' loss"
+    policy_lr: float = 3e-4
+    "learning rate of the actor"
+    q_lr: float = 3e-4
+    "learning rate of the critics"
+    alpha: float = 1.0
+    "temperature: the first value, or the fixed one with --no-autotune"
+    autotune: bool = True
+    "steer the temperature so that the policy's entropy meets the target"
+    alpha_lr: float = 1e-3
+    "learning rate of the temperature"
+    target_entropy: float | None = None
+    "entropy target in nats, in the environment's action units; default: running cost of 4 dim(A), see docs"
+
+    # Diffusion policy
+    diffusion_steps: int = 16
+    "denoising steps K from the prior to the action"
+    prior_std: float = 2.5
+    "standard deviation nu of the prior, before squashing"
+
+    def __post_init__(self):
+        at_least_one = "total_timesteps num_envs torch_threads eval_episodes buffer_size batch_size hidden_dim"
+        at_least_one += " policy_delay critic_dim diffusion_steps prior_std"
+        not_negative = "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr"
+        for names, least in ((at_least_one, 1), (not_negative, 0)):
+            for name in names.split():
+                if not least <= getattr(self, name) < math.inf:
+                    raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        if self.autotune and self.alpha == 0:
+            raise ValueError("--alpha must be positive, or fixed with --no-autotune")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2**32, not {self.seed}")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"--gamma must lie in [0, 1], not {self.gamma}")
+        bound = 200.0 if self.env_id.startswith("dm_control/") else 1600.0
+        self.v_min = -bound if self.v_min is None else self.v_min
+        self.v_max = bound if self.v_max is None else self.v_max
+        if not (-math.inf < self.v_min < self.v_max < math.inf and self.num_atoms >= 2):
+            raise ValueError(f"need finite --v-min < --v-max, not {self.v_min} and {self.v_max}, and --num-atoms >= 2")
+        if self.buffer_size < self.num_envs:
+            raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}, not {self.buffer_size}")
+
+
+def fail(message: str) -> NoReturn:
+    """End the program as a user's mistake deserves: one sentence on stderr, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_env(env_id, seed, idx, capture_video, run_name):
+    """Return a thunk that makes environment `idx` of a run: flat Box observations, episode statistics in its info."""
+
+    def thunk():
+        try:
+            if env_id.startswith("dm_control/"):
+                import shimmy  # noqa: F401  (registers the dm_control environments)
+            record = capture_video and idx == 0
+            env = gym.make(env_id, render_mode="rgb_array") if record else gym.make(env_id)
+            if isinstance(env.observation_space, gym.spaces.Dict):
+                env = gym.wrappers.FlattenObservation(env)
+            spaces = {"observation": env.observation_space, "action": env.action_space}
+            for name, space in spaces.items():
+                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                    fail(f"{env_id} has {name} space {space}, but this script needs a Box with one axis")
+            if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
+                fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
+            if record:
+                env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
+        except (gym.error.Error, ImportError) as error:
+            fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        env.action_space.seed(seed + idx)
+        return env
+
+    return thunk
+
+
+class Batch(NamedTuple):
+    """Transitions, one a row: obs and next_obs (batch, obs_dim), actions (batch, action_dim), the others (batch,)."""
+
+    obs: torch.Tensor
+    next_obs: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    terminations: torch.Tensor  # 1 where the episode ended in a terminal state; a time limit leaves 0 and bootstraps
+
+
+class ReplayBuffer:
+    """Ring buffer of transitions in float32 tensors on `device`, allocated at once but touched only as it fills."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        shapes = ((obs_dim,), (obs_dim,), (action_dim,), (), ())
+        self.data = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
+        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
+
+    def add(self, *transitions):
+        """Append one transition of each environment: arrays in the order of `Batch`, first axis num_envs."""
+        count = len(transitions[0])
+        rows = (torch.arange(count, device=self.device) + self.position) % self.capacity
+        for data, values in zip(self.data, transitions, strict=True):
+            data[rows] = torch.as_tensor(values, dtype=torch.float32, device=self.device)
+        self.position = (self.position + count) % self.capacity
+        self.size = min(self.size + count, self.capacity)
+
+    def sample(self, batch_size):
+        """Return a `Batch` of rows drawn uniformly with replacement."""
+        rows = torch.randint(self.size, (batch_size,), device=self.device)
+        return Batch(*(data[rows] for data in self.data))
+
+    def state_dict(self):
+        # going through numpy gives each slice a storage of its own, without a copy: torch.save writes whole storages
+        filled = [torch.from_numpy(data[: self.size].cpu().numpy()) for data in self.data]
+        return {"position": self.position, "size": self.size, "data": filled}
+
+    def load_state_dict(self, state):
+        self.size = min(state["size"], self.capacity)
+        self.position = self.size % self.capacity
+        for data, filled in zip(self.data, state["data"], strict=True):  # oldest first; keep the newest that fit
+            data[: self.size] = filled.roll(-state["position"], 0)[state["size"] - self.size :]
+
+
+gelu = nn.GELU(approximate="tanh")
+
+
+# ALGO LOGIC: initialize agent here:
+class BatchRenorm(nn.Module):
+    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) for both critics; plain for the first `warmup` batches."""
+
+    def __init__(self, features, momentum=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(2, 1, features)), nn.Parameter(torch.zeros(2, 1, features))
+        self.register_buffer("mean", torch.zeros(2, 1, features))
+        self.register_buffer("var", torch.ones(2, 1, features))
+        self.register_buffer("batches", torch.tensor(0))
+        self.momentum, self.eps, self.r_max, self.d_max, self.warmup = momentum, eps, r_max, d_max, warmup
+
+    def forward(self, x, train):
+        """Normalise x (2, batch, features) by the running statistics, or the batch's, which then enter the former."""
+        running_std = (self.var + self.eps).sqrt()
+        if not train:
+            return self.weight * (x - self.mean) / running_std + self.bias
+        mean, var = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+        std = (var + self.eps).sqrt()
+        with torch.no_grad():
+            warm = self.batches >= self.warmup
+            r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
+            d = torch.where(warm, ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+            self.mean.lerp_(mean, self.momentum)
+            self.var.lerp_(var, self.momentum)
+            self.batches += 1
+        return self.weight * ((x - mean) / std * r + d) + self.bias
+
+
+class SoftQNetwork(nn.Module):
+    """Twin categorical critics as one batched network: every weight has a leading axis of size two."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        sizes = (obs_dim + action_dim, args.critic_dim, args.critic_dim, args.num_atoms)
+        self.weights, self.biases, self.norms = nn.ParameterList(), nn.ParameterList(), nn.ModuleList()
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            self.norms.append(BatchRenorm(fan_in))
+            self.weights.append(lecun_normal(torch.empty(2, fan_in, fan_out), fan_in))
+            self.biases.append(torch.zeros(2, 1, fan_out))
+        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)
+
+    def forward(self, obs, actions, train=False):
+        """Logits (2, batch, num_atoms); `train` normalises by the batch and updates the running statistics."""
+        x = torch.cat((obs, actions), dim=-1).expand(2, -1, -1)
+        for i, (weight, bias, norm) in enumerate(zip(self.weights, self.biases, self.norms, strict=True)):
+            x = torch.baddbmm(bias, norm(F.relu(x) if i else x, train), weight)
+        return x
+
+    def value(self, obs, actions):
+        """Expected values (2, batch)."""
+        return self(obs, actions).softmax(-1) @ self.atoms
+
+
+def lecun_normal(weight, fan_in):
+    """Truncated normal values of variance 1 / fan_in, in place."""
+    std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations takes this factor away
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class Actor(nn.Module):
+    """Diffusion policy: K denoising steps from N(0, nu^2 I), squashed by tanh into the bounds of the action space.
+
+    Row k - 1 of a tensor of K rows belongs to step k: step K is the first one taken, step 1 makes the action.
+    """
+
+    def __init__(self, observation_space, action_space, args):
+        super().__init__()
+        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
+        low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+        self.diffusion_steps, self.prior_std = args.diffusion_steps, args.prior_std
+        time = torch.arange(args.diffusion_steps - 1, -1, -1.0)  # K - k: the first step has time 0
+        cosine = torch.cos(math.pi / 2 * (0.008 + time / args.diffusion_steps) / 1.008)
+        self.register_buffer("schedule", (0.999 * cosine.square() + 0.001)[:, None])
+        self.raw_delta = nn.Parameter(torch.tensor(math.log(math.expm1(0.1))))  # delta, through softplus
+        self.raw_kappa = nn.Parameter(torch.full((action_dim,), math.log(math.expm1(1.0))))
+        self.register_buffer("angle", time[:, None] * torch.linspace(0.1, 100, 256))
+        self.phase = nn.Parameter(torch.zeros(256))
+        self.fc_time1, self.fc_time2 = nn.Linear(512, 256), nn.Linear(256, 256)
+        # the first layer on (a^k, obs, time features), cut into three: only the first part is inside the loop over k
+        self.fc_latent = nn.Linear(action_dim, args.hidden_dim, bias=False)
+        self.fc_obs = nn.Linear(obs_dim, args.hidden_dim)
+        self.fc_time = nn.Linear(256, args.hidden_dim, bias=False)
+        self.fc2, self.fc3 = (nn.Linear(args.hidden_dim, args.hidden_dim) for _ in range(2))
+        self.fc_control = nn.Linear(args.hidden_dim, action_dim)
+        for layer in (self.fc_time1, self.fc_time2, self.fc_latent, self.fc_obs, self.fc_time, self.fc2, self.fc3):
+            first = layer in (self.fc_latent, self.fc_obs, self.fc_time)
+            lecun_normal(layer.weight.data, action_dim + obs_dim + 256 if first else layer.in_features)
+        for bias in (self.fc_time1.bias, self.fc_time2.bias, self.fc_obs.bias, self.fc2.bias, self.fc3.bias):
+            nn.init.zeros_(bias)
+        nn.init.zeros_(self.fc_control.weight)  # f_theta = 0 at first: the policy is the squashed prior
+        nn.init.zeros_(self.fc_control.bias)
+
+    def kernels(self):
+        """eta_k; decay 1 - eta_k / nu^2 and standard deviation sqrt(2 eta_k) of the kernels; all (K, 1, action_dim)."""
+        eta = (F.softplus(self.raw_delta) * self.schedule / F.softplus(self.raw_kappa))[:, None]
+        return eta, 1 - eta / self.prior_std**2, (2 * eta).sqrt()
+
+    def forward(self, obs, noise_scale=1.0):
+        """Run a chain for each row of obs (batch, obs_dim): latents a^0 ... a^K and noises, (K + 1, batch, action_dim).
+
+        The last row of the noises makes the sample of the prior, row k - 1 is eps_k of step k.
+        """
+        shape = (self.diffusion_steps + 1, len(obs), len(self.action_scale))
+        noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
+        eta, decay, std = self.kernels()
+        angle = self.angle + self.phase
+        time_features = self.fc_time2(gelu(self.fc_time1(torch.cat((angle.sin(), angle.cos()), dim=1))))
+        obs_features, time_features = self.fc_obs(obs), self.fc_time(time_features)
+        latent = self.prior_std * noise[-1]
+        latents = [latent]
+        for k in range(self.diffusion_steps, 0, -1):
+            x = gelu(obs_features + time_features[k - 1] + self.fc_latent(latent))
+            control = self.fc_control(gelu(self.fc3(gelu(self.fc2(x)))))
+            latent = decay[k - 1] * latent + eta[k - 1] * control + std[k - 1] * noise[k - 1]  # DIFF: (1)
+            latents.append(latent)
+        return torch.stack(latents[::-1]), noise
+
+    def squash(self, latent):
+        """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
+        action = torch.tanh(latent) * self.action_scale + self.action_bias
+        # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
+        log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
+        return action, (log_slope + self.action_scale.log()).sum(-1)
+
+    def sample(self, obs):
+        """Reparameterised action (batch, action_dim) and its path log-ratio (batch,), in place of a log-probability."""
+        latents, noise = self(obs)
+        _, decay, std = self.kernels()
+        # both kernels of a step have the same standard deviation, so that their normalisers cancel
+        residual = (latents[1:] - decay * latents[:-1]) / std
+        log_ratio = 0.5 * (residual.square() - noise[:-1].square()).sum((0, -1))
+        log_prior = (-0.5 * noise[-1].square() - math.log(self.prior_std) - 0.5 * math.log(2 * math.pi)).sum(-1)
+        action, log_det = self.squash(latents[0])
+        return action, log_prior + log_ratio - log_det  # DIFF: (3)
+
+    def mean_action(self, obs):
+        """Action (batch, action_dim) of the chain with all noises zero."""
+        return self.squash(self(obs, noise_scale=0.0)[0][0])[0]
+
+    @torch.no_grad()
+    def diagnostics(self, log_prob):
+        """Metrics of the chain: entropy bound in nats, running cost per action dimension, noise std of each step."""
+        prior = -0.5 * math.log(2 * math.pi * math.e * self.prior_std**2)
+        cost = (log_prob + self.action_scale.log().sum()) / len(self.action_scale) - prior
+        metrics = {f"diffusion/noise_std_{k}": std for k, std in enumerate(self.kernels()[2], start=1)}
+        return metrics | {"diffusion/entropy_bound": -log_prob, "diffusion/running_cost_per_dim": cost}
+
+    def get_action(self, obs):
+        """Return (action, log_prob, mean_action) of shapes (batch, action_dim), (batch,), (batch, action_dim)."""
+        return *self.sample(obs), self.mean_action(obs)
+
+
+def project(probs, values, atoms):
+    """Move probabilities at values, both (batch, num_atoms), to the atoms: split between two, outside to the ends."""
+    position = (values.clamp(atoms[0], atoms[-1]) - atoms[0]) / (atoms[1] - atoms[0])
+    lower = position.floor().clamp(0, len(atoms) - 2)
+    share = position - lower
+    projected = torch.zeros_like(probs).scatter_add_(1, lower.long(), probs * (1 - share))
+    return projected.scatter_add_(1, lower.long() + 1, probs * share)
+
+
+def critic_loss(actor, qf, batch, alpha, gamma, entropy_weight):
+    """Cross-entropy to the projected target, summed over the twins; also the values (2, batch) and the clipped mass."""
+    with torch.no_grad():
+        next_actions, next_log_prob = actor.sample(batch.next_obs)
+    # one pass for (s, a) and (s', b'): both halves share the batch statistics, so that no target network is needed
+    logits = qf(torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions)), train=True)
+    log_probs = logits[:, : len(batch.obs)].log_softmax(-1)
+    with torch.no_grad():
+        next_probs = logits[:, len(batch.obs) :].softmax(-1).mean(0)
+        discount = gamma * (1 - batch.terminations)[:, None]
+        target = batch.rewards[:, None] + discount * (qf.atoms - alpha * next_log_prob[:, None])
+        target_probs = project(next_probs, target, qf.atoms)
+        clipped = (next_probs * ((target < qf.atoms[0]) | (target > qf.atoms[-1]))).sum(-1).mean()
+    probs = log_probs.exp()
+    loss = -((target_probs - entropy_weight * probs) * log_probs).sum(-1).mean(1).sum()  # DIFF: (4)
+    return loss, (probs @ qf.atoms).detach(), clipped
+
+
+def policy_loss(actor, qf, obs, alpha):
+    """alpha times the reverse KL of the chain, with the mean of the twin critics, up to a constant; and L (batch,)."""
+    actions, log_prob = actor.sample(obs)
+    return (alpha * log_prob - qf.value(obs, actions).mean(0)).mean(), log_prob  # DIFF: (5)
+
+
+def temperature_loss(log_alpha, log_prob, target_entropy):
+    """Raises the temperature while the entropy, -E[log_prob], is below its target."""
+    return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
+
+
+class RandomState:
+    """The states of torch's generators, of the CPU and of `device`, as a part of a checkpoint."""
+
+    def __init__(self, device):
+        self.modules = {"cpu": torch}
+        if device.type != "cpu":
+            self.modules[device.type] = getattr(torch, device.type)
+
+    def state_dict(self):
+        return {name: module.get_rng_state() for name, module in self.modules.items()}
+
+    def load_state_dict(self, state):
+        for name in self.modules.keys() & state.keys():  # a run may go on on another device
+            self.modules[name].set_rng_state(state[name])
+
+
+@torch.no_grad()
+def evaluate(actor, envs, seed, device):
+    """Run one episode of each of these environments with the stochastic and one with the mean action.
+
+    Returns {metric name: undiscounted returns (num_envs,)}. Leaves the random state of the training run alone.
+    """
+    state = RandomState(device).state_dict()
+    torch.manual_seed(seed)
+    seeds = np.random.SeedSequence((seed, 1)).generate_state(envs.num_envs).tolist()  # other ones than for training
+    returns = {}
+    policies = {"episodic_return": lambda obs: actor.sample(obs)[0], "episodic_return_mean_action": actor.mean_action}
+    for name, policy in policies.items():
+        obs, _ = envs.reset(seed=seeds)
+        returns[name], active = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
+        while active.any():
+            actions = policy(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[name] += active * rewards
+            active &= ~(terminations | truncations)
+    RandomState(device).load_state_dict(state)
+    return returns
+
+
+def save_checkpoint(path, args, parts, **values):
+    """Write `values`, the arguments and the state of all `parts` to `path`.
+
+    A temporary file is written, flushed to the disk and renamed: `path` holds the old checkpoint or the new one, whole.
+    """
+    checkpoint = {"script": Path(__file__).stem, "args": asdict(args), **values}
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint | {name: part.state_dict() for name, part in parts.items()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this script: a dict with its tensors on the CPU and "args" as `Args`. Unpickles no code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint["script"] == Path(__file__).stem:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
+        problem = f"was written by {checkpoint['script']}.py"
+    except Exception as error:  # whatever is wrong with the file, the user needs its name and one sentence
+        problem = f"cannot be read ({type(error).__name__})"
+    fail(f"the checkpoint {path} {problem}")
+
+
+def restore_checkpoint(checkpoint, parts):
+    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep the learning rates they have."""
+    try:
+        for name, part in parts.items():
+            rates = [group["lr"] for group in getattr(part, "param_groups", [])]
+            part.load_state_dict(checkpoint[name])
+            for group, rate in zip(getattr(part, "param_groups", []), rates, strict=True):
+                group["lr"] = rate
+    except (KeyError, RuntimeError, ValueError) as error:
+        fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
+
+
+def make_run_dir(args):
+    """Make the folder runs/{env_id}__{exp_name}__{seed}__{time} and return its path."""
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    try:
+        os.makedirs(f"runs/{run_name}")
+    except FileExistsError:  # two runs in one second
+        time.sleep(1)
+        return make_run_dir(args)
+    except OSError as error:
+        fail(f"cannot make the folder runs/{run_name}: {error.strerror}")
+    return Path("runs", run_name)
+
+
+def check_finite(values, global_step, run_dir):
+    """Stop the run, exit code 1, if any of these arrays or tensors is not finite; the last checkpoint is left alone."""
+    for name, value in values.items():
+        if not torch.as_tensor(value).isfinite().all():
+            sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
+
+
+def main(args: Args):
+    torch.set_num_threads(args.torch_threads)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not getattr(torch, device).is_available():
+        fail(f"--device {device} is not available on this machine")
+    device = torch.device(device)
+    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        if getattr(args, flag) and not importlib.util.find_spec(package):
+            fail(f"--{flag.replace('_', '-')} needs the package {package}")
+    make_env(args.env_id, args.seed, 0, False, "")().close()  # refuses what does not fit before a folder is made
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    if checkpoint and checkpoint["args"].env_id != args.env_id:
+        fail(f"the checkpoint {args.resume} is of {checkpoint['args'].env_id}, not of {args.env_id}")
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    run_dir = Path(args.resume).resolve().parent if checkpoint else make_run_dir(args)
+
+    # TRY NOT TO MODIFY: seeding
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+
+    # env setup
+    env_seed = args.seed + global_step  # a resumed run starts new episodes
+    thunks = [make_env(args.env_id, env_seed, i, args.capture_video, run_dir.name) for i in range(args.num_envs)]
+    envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+    thunks = [make_env(args.env_id, args.seed, i, False, "") for i in range(args.eval_episodes)]
+    eval_envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+    actor = Actor(envs.single_observation_space, envs.single_action_space, args).to(device)
+    qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
+    temperature = nn.ParameterDict({"log_alpha": torch.tensor(float(args.alpha)).log()}).to(device)
+    target_entropy = args.target_entropy
+    if target_entropy is None:  # the running cost, L without the prior, is to be 4 per dimension of actions in [-1, 1]
+        log_prior = -0.5 * math.log(2 * math.pi * math.e * args.prior_std**2)
+        target_entropy = (actor.action_scale.log() - 4 - log_prior).sum().item()
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, betas=(0.5, 0.999), fused=True)
+    q_optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, betas=(0.5, 0.999), fused=True)
+    alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.alpha_lr, fused=True)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    parts = {"actor": actor, "qf": qf, "temperature": temperature, "buffer": buffer}
+    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
+    parts |= {"random_state": RandomState(device)}
+    if checkpoint:
+        restore_checkpoint(checkpoint, parts)
+    if not args.autotune:
+        temperature.log_alpha.data.fill_(math.log(args.alpha) if args.alpha else -math.inf)
+
+    def update(batch, update_policy):
+        """One gradient step of the critics and, if asked, of actor and temperature; returns tensors for the log."""
+        alpha = temperature.log_alpha.detach().exp()
+        qf_loss, qf_values, clipped = critic_loss(actor, qf, batch, alpha, args.gamma, args.critic_entropy)
+        q_optimizer.zero_grad()
+        qf_loss.backward()
+        q_optimizer.step()
+        metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/clipped_targets": clipped}
+        if not update_policy:
+            return {name: value.detach() for name, value in metrics.items()}
+
+        actor_loss, log_prob = policy_loss(actor, qf, batch.obs, alpha)
+        actor_optimizer.zero_grad()
+        actor_loss.backward(inputs=list(actor.parameters()))  # spares the gradient of the critics' weights
+        nn.utils.clip_grad_value_(actor.parameters(), 1.0)
+        actor_optimizer.step()
+
+        if args.autotune:
+            alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
+            alpha_optimizer.zero_grad()
+            alpha_loss.backward()
+            alpha_optimizer.step()
+
+        metrics |= {"losses/actor_loss": actor_loss, "losses/alpha": alpha, "losses/entropy": -log_prob}
+        metrics |= actor.diagnostics(log_prob)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def checkpoint_now():
+        parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
+        check_finite(metrics | parameters, global_step, run_dir)
+        counters = {"global_step": global_step, "updates_due": updates_due, "gradient_step": gradient_step}
+        save_checkpoint(run_dir / "checkpoint.pt", args, parts, **counters)
+
+    def due(frequency):
+        return frequency > 0 and global_step % frequency < args.num_envs
+
+    if args.track:
+        import wandb
+
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name, "resume": "allow"}
+        wandb.init(
+            name=run_dir.name, config=asdict(args), sync_tensorboard=True, monitor_gym=True, save_code=True, **where
+        )
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
+    packages = [name for name in ("torch", "gymnasium", "mujoco", "numpy") if importlib.util.find_spec(name)]
+    facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
+    facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in facts.items()))
+    stop = []
+
+    def on_signal(number, _):
+        stop.append(number)  # leave after the current step, with a checkpoint
+        signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    # TRY NOT TO MODIFY: start the game
+    obs, _ = envs.reset(seed=env_seed)
+    metrics, updates_due = {}, checkpoint["updates_due"] if checkpoint else 0.0
+    gradient_step = checkpoint["gradient_step"] if checkpoint else 0
+    start_step, start_time = global_step, time.time()
+    progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
+    while global_step < args.total_timesteps and not stop:
+        # ALGO LOGIC: put action logic here
+        if global_step < args.learning_starts:
+            actions = envs.action_space.sample()
+        else:
+            with torch.no_grad():
+                actions = actor.sample(torch.as_tensor(obs, dtype=torch.float32, device=device))[0].cpu().numpy()
+
+        # TRY NOT TO MODIFY: execute the game and log data
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        global_step += args.num_envs
+        progress.update(args.num_envs)
+        real_next_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):  # next_obs[i] already belongs to the next episode
+            real_next_obs[i] = infos["final_obs"][i]
+            episode = infos["final_info"]["episode"]
+            writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
+            writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
+            progress.set_postfix_str(f"episodic_return {episode['r'][i]:.1f}", refresh=False)
+        if not (np.isfinite(real_next_obs).all() and np.isfinite(rewards).all()):
+            check_finite(metrics | {"an observation": real_next_obs, "a reward": rewards}, global_step, run_dir)
+        buffer.add(obs, real_next_obs, actions, rewards, terminations)
+
+        # CRUCIAL step easy to overlook
+        obs = next_obs
+
+        # ALGO LOGIC: training
+        if global_step > args.learning_starts:
+            updates_due += args.utd * args.num_envs
+            while updates_due >= 1:
+                batch = buffer.sample(args.batch_size)
+                gradient_step += 1
+                metrics |= update(batch, gradient_step % args.policy_delay == 0)
+                updates_due -= 1
+
+        if due(100) and metrics:
+            check_finite(metrics, global_step, run_dir)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value.mean().item(), global_step)
+            if metrics["losses/clipped_targets"] > 0.01:  # shown once
+                warnings.warn("over 1 % of the targets lie outside [--v-min, --v-max]: widen it", stacklevel=1)
+            writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
+        if due(args.eval_frequency) or global_step >= args.total_timesteps:
+            for name, returns in evaluate(actor, eval_envs, args.seed, device).items():
+                writer.add_scalar(f"eval/{name}", returns.mean(), global_step)
+                progress.write(f"step {global_step}: {name} {returns.mean():.1f} +- {returns.std():.1f}")
+        if due(args.checkpoint_frequency):
+            checkpoint_now()
+
+    checkpoint_now()
+    progress.close()
+    envs.close()
+    eval_envs.close()
+    writer.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stop and global_step < args.total_timesteps:
+        sys.exit(128 + stop[0])
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+    main(args)
