@@ -1,7 +1,7 @@
 """DiffPPO: PPO with a diffusion policy (Sanokowski, Patil, Knoll 2025, arXiv 2512.02019). Docs: docs/diffppo.md
 
 Maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]: the entropy is part of the reward and so of the soft value V;
-alpha = 0 is plain PPO. On data (s, a, R, s') of the policy pi_old, with the ratio r = pi(a|s) / pi_old(a|s),
+alpha = 0 leaves it out. On data (s, a, R, s') of the policy pi_old, with the ratio r = pi(a|s) / pi_old(a|s),
 
     advantage  A_t = d_t + gamma lambda A_(t+1),  d_t = R - alpha log pi_old(a|s) + gamma (1 - terminated) V(s') - V(s)
     actor      -E[ min( r A, clip(r, 1 - eps, 1 + eps) A ) ],  where A is refreshed: A_t + alpha ( log pi_old - log pi )
@@ -12,11 +12,10 @@ PPO runs on the augmented problem with states (s, a^k, k) and actions a^(k-1):
 
     denoising  q(a^(k-1) | a^k, s) = N( (1 - delta_k / 2) a^k + nu^2 delta_k u_theta(s, a^k, k), nu^2 delta_k I )   (1)
     noising    pi(a^k | a^(k-1))   = N( (1 - delta_k / 2) a^(k-1), nu^2 delta_k I )                                  (2)
-    actor      one ratio per denoising step, l_k = log q - log pi in place of log pi(a|s), and if delta is learned the
-               gradient of -alpha log pi(a^k | a^(k-1)) besides                                                      (3)
+    actor      one ratio for each step; l_k = log q - log pi for log pi(a|s); -alpha grad log pi if delta is learned (3)
+    rewards    R + alpha ( H(q(a^K)) + log |da / da^0| ) at the end of a chain; inside it gamma = lambda = 1         (4)
 
-Inside a chain gamma = lambda = 1; at its end R, the entropy of a^K and the log-determinant of the squashing join
-the soft reward. alpha = 0 is DPPO (Ren et al. 2024, arXiv 2409.00588).
+alpha = 0 is DPPO (Ren et al. 2024, arXiv 2409.00588), with a value function of the latents.
 
     python diffppo_continuous.py --env-id HalfCheetah-v4
     python diffppo_continuous.py --resume runs/<run>/checkpoint.pt
@@ -219,7 +218,7 @@ class ReturnScaler(nn.Module):
     def __init__(self, num_envs, gamma):
         super().__init__()
         self.gamma, self.normalizer = gamma, RunningNormalizer(1)
-        self.register_buffer("discounted", torch.zeros(num_envs))
+        self.register_buffer("discounted", torch.zeros(num_envs), persistent=False)
 
     def update(self, rewards, ends):
         """Take the rewards of a rollout, (num_steps, num_envs), into account; an end starts a new sum."""
@@ -262,10 +261,7 @@ DELTA_MIN, DELTA_MAX = 1e-4, 1.9  # range of a learned delta_k; at 2 the mean of
 
 
 class Actor(nn.Module):
-    """Diffusion policy, squashed by tanh into the bounds of the action space; owns the observation normaliser.
-
-    Row k - 1 of a tensor of K rows belongs to denoising step k; chains are in the order of drawing, a^K ... a^0.
-    """
+    """Diffusion policy, squashed by tanh into the bounds, with chains a^K ... a^0; owns the observation normaliser."""
 
     def __init__(self, observation_space, action_space, args):
         super().__init__()
@@ -307,7 +303,7 @@ class Actor(nn.Module):
         latents = [self.prior_std * noise[-1]]
         for k in self.order[:, None].expand(-1, len(obs)):
             mean, _, std = self.kernels(self.augment(obs, latents[-1], k), latents[-1], k)
-            latents.append(mean + std * noise[len(latents) - 1])
+            latents.append(mean + std * noise[k[0] - 1])
         return torch.stack(latents, dim=1)
 
     def log_density(self, state, latent, next_latent, k):
@@ -323,8 +319,7 @@ class Actor(nn.Module):
         return self.augment(obs, latents[..., :-1, :], k), latents[..., :-1, :], latents[..., 1:, :], k
 
     def squash(self, latent):
-        """Map chains (..., K + 1, action_dim) to actions in the bounds and the log-determinant (...) of that map."""
-        latent = latent[..., -1, :]
+        """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
         action = torch.tanh(latent) * self.action_scale + self.action_bias
         # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
         log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
@@ -334,14 +329,14 @@ class Actor(nn.Module):
         """Action (batch, action_dim) and its path log-ratio (batch,), in place of a log-probability."""
         obs = self.normalizer(obs)
         latent = self(obs)
-        action, log_det = self.squash(latent)
+        action, log_det = self.squash(latent[:, -1])
         log_prob, log_noising = self.log_density(*self.chain(obs, latent))
         log_prior = -0.5 * (latent[:, 0] / self.prior_std).square() - math.log(self.prior_std * math.sqrt(2 * math.pi))
         return action, log_prior.sum(-1) + (log_prob - log_noising).sum(-1) - log_det
 
     def mean_action(self, obs):
         """Action (batch, action_dim) of the chain with all noises zero."""
-        return self.squash(self(self.normalizer(obs), noise_scale=0.0))[0]
+        return self.squash(self(self.normalizer(obs), noise_scale=0.0)[:, -1])[0]
 
     def get_action(self, obs):
         """Return (action, log_prob, mean_action) of shapes (batch, action_dim), (batch,), (batch, action_dim)."""
@@ -370,16 +365,17 @@ def training_rows(actor, critic, return_scaler, rollout, args):
     log_prob, log_noising = actor.log_density(*chain)
     soft_rewards = -args.alpha * (log_prob - log_noising)
     prior_entropy = (math.log(args.prior_std) + 0.5 * math.log(2 * math.pi * math.e)) * len(actor.action_scale)
-    soft_rewards[..., -1] += rollout.rewards + args.alpha * (prior_entropy + actor.squash(rollout.latents)[1])
+    soft_rewards[..., -1] += rollout.rewards + args.alpha * (
+        prior_entropy + actor.squash(rollout.latents[..., -1, :])[1]
+    )
     return_scaler.update(soft_rewards.sum(-1), rollout.ends)
     scale = return_scaler.scale()
-    values, next_values = critic(chain[0]), torch.zeros_like(soft_rewards)
-    next_values[..., :-1] = values[..., 1:]
-    next_values[:-1, :, -1] = values[1:, :, 0]
+    values = critic(chain[0])
+    next_values = torch.cat((values[..., 1:], values[..., :1].roll(-1, 0)), dim=-1)
     fresh = actor.augment(next_obs, args.prior_std * torch.randn_like(rollout.latents[..., 0, :]), chain[3][..., 0])
     cut = torch.cat((rollout.ends[:-1], torch.ones_like(rollout.ends[-1:])))  # no next chain in the rollout
     next_values[..., -1] = torch.where(cut > 0, critic(fresh), next_values[..., -1])
-    discounts, traces = torch.ones_like(values), torch.ones_like(values)  # inside a chain
+    discounts, traces = torch.ones_like(values), torch.ones_like(values)  # DIFF: (4)
     discounts[..., -1] = args.gamma * (1 - rollout.terminations)
     traces[..., -1] = args.gamma * args.gae_lambda * (1 - rollout.ends)
     axis = [x.transpose(1, 2).flatten(0, 1) for x in (soft_rewards * scale, values, next_values, discounts, traces)]
@@ -401,6 +397,25 @@ def noising_loss(log_noising, ratio, advantages, clip_coef, alpha):
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     weight = (ratio * (ratio * advantages <= clipped * advantages)).detach()
     return -(alpha * weight * log_noising).mean()  # DIFF: (3)
+
+
+def ppo_loss(actor, critic, batch, alpha, args):
+    """Loss of actor and critic on rows of `training_rows`, alpha in units of the scaled rewards; and metrics."""
+    *steps, old_log_prob, advantages, returns, _ = batch
+    log_prob, log_noising = actor.log_density(*steps)
+    # the entropy term of the advantage is that of the current policy
+    advantages = advantages - alpha * (log_prob - log_noising).detach()
+    mean, spread = (advantages.mean(), advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
+    advantages = (advantages - mean) / spread
+    surrogate, ratio = policy_loss(log_prob, old_log_prob, advantages, args.clip_coef)
+    entropy = (actor.std().log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
+    value_loss = 0.5 * (critic(steps[0]) - returns).square().mean()
+    loss = surrogate - args.ent_coef * entropy + args.vf_coef * value_loss
+    loss = loss + noising_loss(log_noising, ratio, advantages, args.clip_coef, alpha / spread)
+    approx_kl = (ratio - 1 - ratio.log()).mean()
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    metrics = {"policy_loss": surrogate, "value_loss": value_loss, "entropy": entropy, "approx_kl": approx_kl}
+    return loss, metrics | {"clipfrac": clipfrac}
 
 
 class RandomState:
@@ -549,23 +564,11 @@ def main(args: Args):
 
     def update(batch, alpha):
         """One gradient step on a minibatch, alpha in units of the scaled rewards; returns tensors for the log."""
-        *b_steps, b_old_log_prob, b_advantages, b_returns, _ = batch
-        log_prob, log_noising = actor.log_density(*b_steps)
-        b_advantages = b_advantages - alpha * (log_prob - log_noising).detach()  # that of the current policy
-        mean, spread = (b_advantages.mean(), b_advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
-        b_advantages = (b_advantages - mean) / spread
-        actor_loss, ratio = policy_loss(log_prob, b_old_log_prob, b_advantages, args.clip_coef)
-        actor_loss = actor_loss + noising_loss(log_noising, ratio, b_advantages, args.clip_coef, alpha / spread)
-        entropy = (actor.std().log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
-        value_loss = 0.5 * (critic(b_steps[0]) - b_returns).square().mean()
-        loss = actor_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+        loss, metrics = ppo_loss(actor, critic, batch, alpha, args)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        approx_kl = (ratio - 1 - ratio.log()).mean()
-        metrics = {"policy_loss": actor_loss, "value_loss": value_loss, "entropy": entropy, "approx_kl": approx_kl}
-        metrics["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
         return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
     def checkpoint_now():
@@ -611,7 +614,7 @@ def main(args: Args):
             obs = torch.as_tensor(current_obs, dtype=torch.float32, device=device)
             with torch.no_grad():
                 latents = actor(actor.normalizer(obs))
-                actions = actor.squash(latents)[0].cpu().numpy()
+                actions = actor.squash(latents[:, -1])[0].cpu().numpy()
 
             # TRY NOT TO MODIFY: execute the game and log data
             current_obs, reward, terminated, truncated, infos = envs.step(actions)
@@ -632,7 +635,7 @@ def main(args: Args):
         # Optimizing the policy and value network
         rows, scale = training_rows(actor, critic, return_scaler, rollout, args)
         for _ in range(args.update_epochs):
-            for indices in torch.randperm(len(rows[0]), device=device).chunk(args.num_minibatches):
+            for indices in torch.randperm(len(rows[0]), device=device).tensor_split(args.num_minibatches):
                 metrics = update([x[indices] for x in rows], args.alpha * scale)
             if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                 break
@@ -641,6 +644,8 @@ def main(args: Args):
         check_finite(metrics, global_step, run_dir)
         returns, values = rows[-2:]
         metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
+        metrics |= {f"diffusion/noise_std_{k}": std for k, std in enumerate(actor.std(), start=1)}
+        metrics["diffusion/entropy_bound"] = -actor.sample(rollout.obs[-1])[1]
         for name, value in metrics.items():
             writer.add_scalar(name, value.mean().item(), global_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)

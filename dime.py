@@ -1,8 +1,7 @@
 """DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316). Docs: docs/dime.md
 
 Maximum-entropy RL maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]. The policy is a chain of K denoising steps
-from a^K ~ N(0, nu^2 I) to a^0, and b = tanh(a^0), scaled to the action bounds. With eta_k = delta c_k / kappa, c_k a
-cosine schedule, delta and kappa learned, and both kernels of the variance 2 eta_k,
+from a^K ~ N(0, nu^2 I) to a^0, and b = tanh(a^0), scaled; eta_k = delta c_k / kappa, c_k a cosine, the others learned:
 
     denoising  q(a^(k-1) | a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f_theta(s, a^k, k), 2 eta_k )                 (1)
     noising    pi(a^k | a^(k-1))   = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                                        (2)
@@ -11,7 +10,7 @@ cosine schedule, delta and kappa learned, and both kernels of the variance 2 eta
 The losses are SAC's with L in place of log pi(b|s), trained through the whole chain, on twin categorical critics over
 fixed atoms z_i (C51), without target networks but with batch renormalisation (CrossQ):
 
-    critic       cross-entropy to the projection of R + gamma (1 - terminated) ( z_i - alpha L' ), mean of the twins (4)
+    critic       cross-entropy to the twins' mixture, projected from R + gamma (1 - terminated) ( z_i - alpha L' )   (4)
     actor        E[ alpha L - mean_j E[Z_j(s, b)] ]                                                                  (5)
     temperature  -E[ alpha ( L + target entropy ) ]
 
@@ -126,8 +125,10 @@ class Args:
 
     def __post_init__(self):
         at_least_one = "total_timesteps num_envs torch_threads eval_episodes buffer_size batch_size hidden_dim"
-        at_least_one += " policy_delay critic_dim diffusion_steps prior_std"
-        not_negative = "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr"
+        at_least_one += " policy_delay critic_dim diffusion_steps"
+        not_negative = (
+            "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr critic_entropy"
+        )
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names.split():
                 if not least <= getattr(self, name) < math.inf:
@@ -141,8 +142,10 @@ class Args:
         bound = 200.0 if self.env_id.startswith("dm_control/") else 1600.0
         self.v_min = -bound if self.v_min is None else self.v_min
         self.v_max = bound if self.v_max is None else self.v_max
-        if not (-math.inf < self.v_min < self.v_max < math.inf and self.num_atoms >= 2):
-            raise ValueError(f"need finite --v-min < --v-max, not {self.v_min} and {self.v_max}, and --num-atoms >= 2")
+        if not (
+            -math.inf < self.v_min < self.v_max < math.inf and self.num_atoms >= 2 and 0 < self.prior_std < math.inf
+        ):
+            raise ValueError("need finite --v-min < --v-max, --num-atoms of at least 2 and a positive --prior-std")
         if self.buffer_size < self.num_envs:
             raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}, not {self.buffer_size}")
 
@@ -225,9 +228,6 @@ class ReplayBuffer:
             data[: self.size] = filled.roll(-state["position"], 0)[state["size"] - self.size :]
 
 
-gelu = nn.GELU(approximate="tanh")
-
-
 # ALGO LOGIC: initialize agent here:
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) for both critics; plain for the first `warmup` batches."""
@@ -268,7 +268,7 @@ class SoftQNetwork(nn.Module):
             self.norms.append(BatchRenorm(fan_in))
             self.weights.append(lecun_normal(torch.empty(2, fan_in, fan_out), fan_in))
             self.biases.append(torch.zeros(2, 1, fan_out))
-        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)
+        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
 
     def forward(self, obs, actions, train=False):
         """Logits (2, batch, num_atoms); `train` normalises by the batch and updates the running statistics."""
@@ -301,12 +301,14 @@ class Actor(nn.Module):
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
         self.diffusion_steps, self.prior_std = args.diffusion_steps, args.prior_std
-        time = torch.arange(args.diffusion_steps - 1, -1, -1.0)  # K - k: the first step has time 0
-        cosine = torch.cos(math.pi / 2 * (0.008 + time / args.diffusion_steps) / 1.008)
+        self.log_prior = -0.5 * math.log(2 * math.pi * math.e * args.prior_std**2)  # mean of log N(a^K), per dimension
+        index = torch.arange(args.diffusion_steps - 1, -1, -1.0)  # K - k: 0 at the first step
+        cosine = torch.cos(math.pi / 2 * (0.008 + index / args.diffusion_steps) / 1.008)
         self.register_buffer("schedule", (0.999 * cosine.square() + 0.001)[:, None])
         self.raw_delta = nn.Parameter(torch.tensor(math.log(math.expm1(0.1))))  # delta, through softplus
         self.raw_kappa = nn.Parameter(torch.full((action_dim,), math.log(math.expm1(1.0))))
-        self.register_buffer("angle", time[:, None] * torch.linspace(0.1, 100, 256))
+        self.register_buffer("angle", index[:, None] * torch.linspace(0.1, 100, 256))
+        self.gelu = nn.GELU(approximate="tanh")
         self.phase = nn.Parameter(torch.zeros(256))
         self.fc_time1, self.fc_time2 = nn.Linear(512, 256), nn.Linear(256, 256)
         # the first layer on (a^k, obs, time features), cut into three: only the first part is inside the loop over k
@@ -318,10 +320,9 @@ class Actor(nn.Module):
         for layer in (self.fc_time1, self.fc_time2, self.fc_latent, self.fc_obs, self.fc_time, self.fc2, self.fc3):
             first = layer in (self.fc_latent, self.fc_obs, self.fc_time)
             lecun_normal(layer.weight.data, action_dim + obs_dim + 256 if first else layer.in_features)
-        for bias in (self.fc_time1.bias, self.fc_time2.bias, self.fc_obs.bias, self.fc2.bias, self.fc3.bias):
-            nn.init.zeros_(bias)
+        for layer in (self.fc_time1, self.fc_time2, self.fc_obs, self.fc2, self.fc3, self.fc_control):
+            nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.fc_control.weight)  # f_theta = 0 at first: the policy is the squashed prior
-        nn.init.zeros_(self.fc_control.bias)
 
     def kernels(self):
         """eta_k; decay 1 - eta_k / nu^2 and standard deviation sqrt(2 eta_k) of the kernels; all (K, 1, action_dim)."""
@@ -329,21 +330,18 @@ class Actor(nn.Module):
         return eta, 1 - eta / self.prior_std**2, (2 * eta).sqrt()
 
     def forward(self, obs, noise_scale=1.0):
-        """Run a chain for each row of obs (batch, obs_dim): latents a^0 ... a^K and noises, (K + 1, batch, action_dim).
-
-        The last row of the noises makes the sample of the prior, row k - 1 is eps_k of step k.
-        """
+        """Run a chain for each row of obs (batch, obs_dim): latents a^0 ... a^K, noises, (K + 1, batch, action_dim)."""
         shape = (self.diffusion_steps + 1, len(obs), len(self.action_scale))
         noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
         eta, decay, std = self.kernels()
         angle = self.angle + self.phase
-        time_features = self.fc_time2(gelu(self.fc_time1(torch.cat((angle.sin(), angle.cos()), dim=1))))
+        time_features = self.fc_time2(self.gelu(self.fc_time1(torch.cat((angle.sin(), angle.cos()), dim=1))))
         obs_features, time_features = self.fc_obs(obs), self.fc_time(time_features)
         latent = self.prior_std * noise[-1]
         latents = [latent]
         for k in range(self.diffusion_steps, 0, -1):
-            x = gelu(obs_features + time_features[k - 1] + self.fc_latent(latent))
-            control = self.fc_control(gelu(self.fc3(gelu(self.fc2(x)))))
+            x = self.gelu(obs_features + time_features[k - 1] + self.fc_latent(latent))
+            control = self.fc_control(self.gelu(self.fc3(self.gelu(self.fc2(x)))))
             latent = decay[k - 1] * latent + eta[k - 1] * control + std[k - 1] * noise[k - 1]  # DIFF: (1)
             latents.append(latent)
         return torch.stack(latents[::-1]), noise
@@ -371,10 +369,10 @@ class Actor(nn.Module):
         return self.squash(self(obs, noise_scale=0.0)[0][0])[0]
 
     @torch.no_grad()
-    def diagnostics(self, log_prob):
+    def diagnostics(self, obs):
         """Metrics of the chain: entropy bound in nats, running cost per action dimension, noise std of each step."""
-        prior = -0.5 * math.log(2 * math.pi * math.e * self.prior_std**2)
-        cost = (log_prob + self.action_scale.log().sum()) / len(self.action_scale) - prior
+        log_prob = self.sample(obs)[1]
+        cost = (log_prob + self.action_scale.log().sum()) / len(self.action_scale) - self.log_prior
         metrics = {f"diffusion/noise_std_{k}": std for k, std in enumerate(self.kernels()[2], start=1)}
         return metrics | {"diffusion/entropy_bound": -log_prob, "diffusion/running_cost_per_dim": cost}
 
@@ -401,8 +399,10 @@ def critic_loss(actor, qf, batch, alpha, gamma, entropy_weight):
     log_probs = logits[:, : len(batch.obs)].log_softmax(-1)
     with torch.no_grad():
         next_probs = logits[:, len(batch.obs) :].softmax(-1).mean(0)
-        discount = gamma * (1 - batch.terminations)[:, None]
-        target = batch.rewards[:, None] + discount * (qf.atoms - alpha * next_log_prob[:, None])
+        next_cost = next_log_prob + actor.action_scale.log().sum()  # the support is meant for actions in [-1, 1]
+        target = batch.rewards[:, None] + gamma * (1 - batch.terminations[:, None]) * (
+            qf.atoms - alpha * next_cost[:, None]
+        )
         target_probs = project(next_probs, target, qf.atoms)
         clipped = (next_probs * ((target < qf.atoms[0]) | (target > qf.atoms[-1]))).sum(-1).mean()
     probs = log_probs.exp()
@@ -554,8 +554,7 @@ def main(args: Args):
     temperature = nn.ParameterDict({"log_alpha": torch.tensor(float(args.alpha)).log()}).to(device)
     target_entropy = args.target_entropy
     if target_entropy is None:  # the running cost, L without the prior, is to be 4 per dimension of actions in [-1, 1]
-        log_prior = -0.5 * math.log(2 * math.pi * math.e * args.prior_std**2)
-        target_entropy = (actor.action_scale.log() - 4 - log_prior).sum().item()
+        target_entropy = (actor.action_scale.log() - 4 - actor.log_prior).sum().item()
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, betas=(0.5, 0.999), fused=True)
     q_optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, betas=(0.5, 0.999), fused=True)
     alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.alpha_lr, fused=True)
@@ -565,6 +564,8 @@ def main(args: Args):
     parts |= {"random_state": RandomState(device)}
     if checkpoint:
         restore_checkpoint(checkpoint, parts)
+        if (qf.atoms[0], qf.atoms[-1]) != (args.v_min, args.v_max):
+            fail(f"the checkpoint's critics have the support [{qf.atoms[0]:g}, {qf.atoms[-1]:g}]: it cannot be changed")
     if not args.autotune:
         temperature.log_alpha.data.fill_(math.log(args.alpha) if args.alpha else -math.inf)
 
@@ -575,9 +576,9 @@ def main(args: Args):
         q_optimizer.zero_grad()
         qf_loss.backward()
         q_optimizer.step()
-        metrics = {"losses/qf_loss": qf_loss, "losses/qf_values": qf_values, "losses/clipped_targets": clipped}
+        metrics = {"losses/qf_loss": qf_loss.detach(), "losses/qf_values": qf_values, "losses/clipped_targets": clipped}
         if not update_policy:
-            return {name: value.detach() for name, value in metrics.items()}
+            return metrics
 
         actor_loss, log_prob = policy_loss(actor, qf, batch.obs, alpha)
         actor_optimizer.zero_grad()
@@ -591,15 +592,13 @@ def main(args: Args):
             alpha_loss.backward()
             alpha_optimizer.step()
 
-        metrics |= {"losses/actor_loss": actor_loss, "losses/alpha": alpha, "losses/entropy": -log_prob}
-        metrics |= actor.diagnostics(log_prob)
-        return {name: value.detach() for name, value in metrics.items()}
+        losses = {"actor_loss": actor_loss, "alpha": alpha, "entropy": -log_prob}
+        return metrics | {f"losses/{name}": value.detach() for name, value in losses.items()}
 
     def checkpoint_now():
         parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
         check_finite(metrics | parameters, global_step, run_dir)
-        counters = {"global_step": global_step, "updates_due": updates_due, "gradient_step": gradient_step}
-        save_checkpoint(run_dir / "checkpoint.pt", args, parts, **counters)
+        save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step, updates_due=updates_due)
 
     def due(frequency):
         return frequency > 0 and global_step % frequency < args.num_envs
@@ -627,8 +626,7 @@ def main(args: Args):
     # TRY NOT TO MODIFY: start the game
     obs, _ = envs.reset(seed=env_seed)
     metrics, updates_due = {}, checkpoint["updates_due"] if checkpoint else 0.0
-    gradient_step = checkpoint["gradient_step"] if checkpoint else 0
-    start_step, start_time = global_step, time.time()
+    start_step, start_time, gradient_step = global_step, time.time(), int(qf.norms[0].batches)
     progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
     while global_step < args.total_timesteps and not stop:
         # ALGO LOGIC: put action logic here
@@ -667,7 +665,7 @@ def main(args: Args):
 
         if due(100) and metrics:
             check_finite(metrics, global_step, run_dir)
-            for name, value in metrics.items():
+            for name, value in (metrics | actor.diagnostics(batch.obs)).items():
                 writer.add_scalar(name, value.mean().item(), global_step)
             if metrics["losses/clipped_targets"] > 0.01:  # shown once
                 warnings.warn("over 1 % of the targets lie outside [--v-min, --v-max]: widen it", stacklevel=1)

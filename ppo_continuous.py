@@ -1,7 +1,7 @@
 """PPO: proximal policy optimisation, tanh-Gaussian policy (Schulman et al. 2017, arXiv 1707.06347). Docs: docs/ppo.md
 
 Maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]: the entropy is part of the reward and so of the soft value V;
-alpha = 0 is plain PPO. On data (s, a, R, s') of the policy pi_old, with the ratio r = pi(a|s) / pi_old(a|s),
+alpha = 0 leaves it out. On data (s, a, R, s') of the policy pi_old, with the ratio r = pi(a|s) / pi_old(a|s),
 
     advantage  A_t = d_t + gamma lambda A_(t+1),  d_t = R - alpha log pi_old(a|s) + gamma (1 - terminated) V(s') - V(s)
     actor      -E[ min( r A, clip(r, 1 - eps, 1 + eps) A ) ],  where A is refreshed: A_t + alpha ( log pi_old - log pi )
@@ -192,7 +192,7 @@ class ReturnScaler(nn.Module):
     def __init__(self, num_envs, gamma):
         super().__init__()
         self.gamma, self.normalizer = gamma, RunningNormalizer(1)
-        self.register_buffer("discounted", torch.zeros(num_envs))
+        self.register_buffer("discounted", torch.zeros(num_envs), persistent=False)
 
     def update(self, rewards, ends):
         """Take the rewards of a rollout, (num_steps, num_envs), into account; an end starts a new sum."""
@@ -318,6 +318,24 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_coef):
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -torch.min(ratio * advantages, clipped * advantages).mean(), ratio
+
+
+def ppo_loss(actor, critic, batch, alpha, args):
+    """Loss of actor and critic on rows of `training_rows`, alpha in units of the scaled rewards; and metrics."""
+    *steps, old_log_prob, advantages, returns, _ = batch
+    log_prob = actor.log_density(*steps)
+    # the entropy term of the advantage is that of the current policy
+    advantages = advantages - alpha * log_prob.detach()
+    mean, spread = (advantages.mean(), advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
+    advantages = (advantages - mean) / spread
+    surrogate, ratio = policy_loss(log_prob, old_log_prob, advantages, args.clip_coef)
+    entropy = (actor.std().log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
+    value_loss = 0.5 * (critic(steps[0]) - returns).square().mean()
+    loss = surrogate - args.ent_coef * entropy + args.vf_coef * value_loss
+    approx_kl = (ratio - 1 - ratio.log()).mean()
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    metrics = {"policy_loss": surrogate, "value_loss": value_loss, "entropy": entropy, "approx_kl": approx_kl}
+    return loss, metrics | {"clipfrac": clipfrac}
 
 
 class RandomState:
@@ -466,22 +484,11 @@ def main(args: Args):
 
     def update(batch, alpha):
         """One gradient step on a minibatch, alpha in units of the scaled rewards; returns tensors for the log."""
-        *b_steps, b_old_log_prob, b_advantages, b_returns, _ = batch
-        log_prob = actor.log_density(*b_steps)
-        b_advantages = b_advantages - alpha * log_prob.detach()  # the entropy part: that of the current policy
-        mean, spread = (b_advantages.mean(), b_advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
-        b_advantages = (b_advantages - mean) / spread
-        actor_loss, ratio = policy_loss(log_prob, b_old_log_prob, b_advantages, args.clip_coef)
-        entropy = (actor.std().log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
-        value_loss = 0.5 * (critic(b_steps[0]) - b_returns).square().mean()
-        loss = actor_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+        loss, metrics = ppo_loss(actor, critic, batch, alpha, args)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
-        approx_kl = (ratio - 1 - ratio.log()).mean()
-        metrics = {"policy_loss": actor_loss, "value_loss": value_loss, "entropy": entropy, "approx_kl": approx_kl}
-        metrics["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
         return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
     def checkpoint_now():
@@ -548,7 +555,7 @@ def main(args: Args):
         # Optimizing the policy and value network
         rows, scale = training_rows(actor, critic, return_scaler, rollout, args)
         for _ in range(args.update_epochs):
-            for indices in torch.randperm(len(rows[0]), device=device).chunk(args.num_minibatches):
+            for indices in torch.randperm(len(rows[0]), device=device).tensor_split(args.num_minibatches):
                 metrics = update([x[indices] for x in rows], args.alpha * scale)
             if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                 break

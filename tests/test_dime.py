@@ -87,7 +87,7 @@ def critics(**flags):
 
 
 def test_critic_loss_is_the_projected_cross_entropy():
-    actor, qf = make_actor(dime, hidden_dim=16, diffusion_steps=3), critics()
+    actor, qf = make_actor(dime, low=(-0.2,), high=(0.2,), hidden_dim=16, diffusion_steps=3), critics()
     randomise(actor, 0.05)
     batch = dime.Batch(
         torch.randn(6, 3), torch.randn(6, 3), torch.rand(6, 1), torch.randn(6), torch.tensor([0.0, 1, 0, 0, 1, 0])
@@ -107,7 +107,7 @@ def test_critic_loss_is_the_projected_cross_entropy():
         for i in range(11):
             weight = 0.5 * (p[0, 6 + row, i] + p[1, 6 + row, i])
             alive = 1 - batch.terminations[row]
-            value = batch.rewards[row] + 0.9 * alive * (qf.atoms[i] - 0.3 * log_prob[row])
+            value = batch.rewards[row] + 0.9 * alive * (qf.atoms[i] - 0.3 * (log_prob[row] + math.log(0.2)))
             outside += weight.item() * (abs(value) > 5) / 6
             for m in range(11):
                 target[m] += weight.detach() * max(0.0, 1 - abs(value.clamp(-5, 5) - qf.atoms[m]).item())
@@ -117,6 +117,22 @@ def test_critic_loss_is_the_projected_cross_entropy():
     assert loss.item() == pytest.approx(expected)
     assert clipped.item() == pytest.approx(float(outside))
     torch.testing.assert_close(values, (p @ qf.atoms)[:, :6])
+    # the target is a constant: a step against the gradient of log p alone
+    (gradient,) = torch.autograd.grad(loss, qf.biases[-1])
+    assert gradient.abs().max() > 0 and all(x.grad is None for x in actor.parameters())
+
+
+def test_policy_loss_takes_the_mean_of_the_twins():
+    class Critic:
+        def value(self, obs, action):
+            return torch.stack((3 * action[:, 0], -action[:, 0]))
+
+    actor, obs = make_actor(dime, hidden_dim=16, diffusion_steps=3), torch.randn(20, 3)
+    torch.manual_seed(1)
+    loss, _ = dime.policy_loss(actor, Critic(), obs, 0.4)
+    torch.manual_seed(1)
+    action, log_prob = actor.sample(obs)
+    torch.testing.assert_close(loss, (0.4 * log_prob - action[:, 0]).mean())
 
 
 def test_joint_pass_shares_batch_statistics_and_evaluation_does_not():
@@ -140,10 +156,10 @@ def test_log_ratio_is_the_sum_of_kernel_log_densities():
         schedule = 0.999 * math.cos(math.pi / 2 * (0.008 + i / 5) / 1.008) ** 2 + 0.001
         eta = delta * schedule / kappa
         angle = i * torch.linspace(0.1, 100, 256) + actor.phase
-        time = actor.fc_time2(dime.gelu(actor.fc_time1(torch.cat((angle.sin(), angle.cos())))))
+        time = actor.fc_time2(actor.gelu(actor.fc_time1(torch.cat((angle.sin(), angle.cos())))))
         weight = torch.cat((actor.fc_latent.weight, actor.fc_obs.weight, actor.fc_time.weight), dim=1)
         x = torch.cat((latents[k], obs, time.expand(30, -1)), dim=1) @ weight.T + actor.fc_obs.bias
-        control = actor.fc_control(dime.gelu(actor.fc3(dime.gelu(actor.fc2(dime.gelu(x))))))
+        control = actor.fc_control(actor.gelu(actor.fc3(actor.gelu(actor.fc2(actor.gelu(x))))))
         std, decay = (2 * eta).sqrt(), 1 - eta / 2.5**2
         mean = decay * latents[k] + eta * control
         torch.testing.assert_close(latents[k - 1], mean + std * noise[k - 1], rtol=1e-6, atol=1e-6)
@@ -172,7 +188,7 @@ def test_running_cost_of_the_first_policy(steps, cost):
     assert latent_cost - (weights * log_det).sum() / weights.sum() == pytest.approx(cost, abs=2e-5)
     with torch.no_grad():
         log_prob = actor.sample(torch.zeros(200_000, 1))[1]
-        diagnosed = actor.diagnostics(log_prob)["diffusion/running_cost_per_dim"].mean().item()
+        diagnosed = actor.diagnostics(torch.zeros(200_000, 1))["diffusion/running_cost_per_dim"].mean().item()
     assert diagnosed == pytest.approx(cost, abs=5 * log_prob.std().item() / 200_000**0.5)
     assert log_prob.mean().item() == pytest.approx(cost + PRIOR_COST, abs=5 * log_prob.std().item() / 200_000**0.5)
 

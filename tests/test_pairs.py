@@ -18,7 +18,7 @@ SHARED = {  # definitions, and methods, of the same text in both files of a pair
     Actor.get_action critic_loss policy_loss temperature_loss RandomState evaluate save_checkpoint load_checkpoint
     restore_checkpoint make_run_dir check_finite""".split(),
     ("ppo_continuous.py", "diffppo_continuous.py"): """fail make_env RunningNormalizer ReturnScaler mlp Critic
-    Actor.get_action gae policy_loss RandomState evaluate save_checkpoint load_checkpoint
+    Actor.squash Actor.get_action gae policy_loss RandomState evaluate save_checkpoint load_checkpoint
     restore_checkpoint make_run_dir check_finite""".split(),
     ("sac_continuous.py", "dime.py"): """fail make_env Batch ReplayBuffer Actor.squash Actor.get_action
     temperature_loss RandomState evaluate save_checkpoint load_checkpoint restore_checkpoint make_run_dir

@@ -43,8 +43,8 @@ def random_rollout(script, args, steps=12, envs=3):
     return actor, critic, rollout
 
 
-def unit_scaler():
-    return SimpleNamespace(update=lambda *_: None, scale=lambda: torch.ones(1))
+def fixed_scaler(scale=1.0):
+    return SimpleNamespace(update=lambda *_: None, scale=lambda: torch.tensor([scale]))
 
 
 def loop_advantage(deltas, go_on, t):
@@ -73,7 +73,8 @@ def test_gae_is_the_discounted_sum_of_errors():
 def test_ppo_rows_bootstrap_time_limits_and_stop_at_terminations():
     args = make_args(ppo_continuous)
     actor, critic, rollout = random_rollout(ppo_continuous, args)
-    rows, _ = ppo_continuous.training_rows(actor, critic, unit_scaler(), rollout, args)
+    rows, scale = ppo_continuous.training_rows(actor, critic, fixed_scaler(0.4), rollout, args)
+    assert scale == 0.4
     obs, latents, log_prob, refreshed, returns, values = rows
     with torch.no_grad():
         std = actor.log_std.exp()
@@ -85,9 +86,9 @@ def test_ppo_rows_bootstrap_time_limits_and_stop_at_terminations():
                 slope = actor.action_scale * (1 - torch.tanh(latent) ** 2)
                 reward = rollout.rewards[t, env] - ALPHA * (log_normal(latent, actor.net(x), std) - slope.log().sum())
                 alive = 1 - rollout.terminations[t, env]
-                deltas.append(reward + GAMMA * alive * critic(next_x) - critic(x))
+                deltas.append(0.4 * reward + GAMMA * alive * critic(next_x) - critic(x))
                 go_on.append(GAMMA * LAMBDA * (1 - rollout.ends[t, env]))
-                entropy_terms.append(ALPHA * log_normal(latent, actor.net(x), std))
+                entropy_terms.append(0.4 * ALPHA * log_normal(latent, actor.net(x), std))
             for t in range(12):
                 advantage = loop_advantage(deltas, go_on, t).item()
                 row = t * 3 + env
@@ -102,7 +103,7 @@ def test_diffppo_rows_on_the_augmented_axis(steps, monkeypatch):
     actor, critic, rollout = random_rollout(diffppo_continuous, args)
     fresh = torch.randn(12, 3, 2)
     monkeypatch.setattr(torch, "randn_like", lambda x: fresh)
-    rows, _ = diffppo_continuous.training_rows(actor, critic, unit_scaler(), rollout, args)
+    rows, _ = diffppo_continuous.training_rows(actor, critic, fixed_scaler(0.4), rollout, args)
     states, latents, next_latents, k, log_prob, refreshed, returns, values = rows
     prior_entropy = 2 * (math.log(1.3) + 0.5 * math.log(2 * math.pi * math.e))
     with torch.no_grad():
@@ -130,7 +131,7 @@ def test_diffppo_rows_on_the_augmented_axis(steps, monkeypatch):
                             next_value = value(rollout.next_obs[t, env], 1.3 * fresh[t, env], steps)
                         else:
                             next_value = value(rollout.obs[t + 1, env], rollout.latents[t + 1, env, 0], steps)
-                    deltas.append(reward + discount * next_value - value(rollout.obs[t, env], latent, step_k))
+                    deltas.append(0.4 * reward + discount * next_value - value(rollout.obs[t, env], latent, step_k))
                     go_on.append(trace)
                     row = (t * 3 + env) * steps + i
                     assert k[row] == step_k and log_prob[row].item() == pytest.approx(log_q.item())
@@ -140,7 +141,7 @@ def test_diffppo_rows_on_the_augmented_axis(steps, monkeypatch):
                     advantage = loop_advantage(deltas, go_on, t * steps + i).item()
                     row = (t * 3 + env) * steps + i
                     assert (returns - values)[row].item() == pytest.approx(advantage)
-                    expected = advantage + ALPHA * log_ratios[t * steps + i].item()
+                    expected = advantage + 0.4 * ALPHA * log_ratios[t * steps + i].item()
                     assert refreshed[row].item() == pytest.approx(expected)
 
 
@@ -162,7 +163,7 @@ def test_exact_soft_values_have_errors_of_mean_zero(script):
         latents = actor(actor.normalizer(states[which[:, 0]]))[:, None]
     rollout = script.Rollout(states[which], states[1 - which], latents, 1.0 + 2.0 * which, zeros, zeros)
     value_of = lambda x: exact[x[..., :2].argmax(-1)]  # noqa: E731  (of the state alone: the chain's inside telescopes)
-    rows, _ = script.training_rows(actor, value_of, unit_scaler(), rollout, args)
+    rows, _ = script.training_rows(actor, value_of, fixed_scaler(), rollout, args)
     errors = (rows[-2] - rows[-1]).view(40_000, -1).sum(-1)
     assert errors.std() > 0.05
     assert errors.mean().item() == pytest.approx(0, abs=5 * errors.std().item() / 200 + 0.02)
@@ -174,7 +175,7 @@ def test_ratios_are_one_in_the_first_minibatch(script):
     args = make_args(script)
     actor, critic, rollout = random_rollout(script, args)
     rollout = script.Rollout(*(x.float() for x in rollout))
-    rows, _ = script.training_rows(actor, critic, unit_scaler(), rollout, args)
+    rows, _ = script.training_rows(actor, critic, fixed_scaler(), rollout, args)
     *steps, old_log_prob, advantages, _, _ = (x[:7] for x in rows)
     log_prob = actor.log_density(*steps)
     log_prob = log_prob if isinstance(log_prob, torch.Tensor) else log_prob[0]
@@ -197,36 +198,62 @@ def test_clipped_loss_on_known_numbers():
     torch.testing.assert_close(log_noising.grad, -0.7 * flows * ratio.detach() / 5)
 
 
-def test_gradient_at_the_old_policy_is_equation_10():
-    """At theta_old: -mean(A grad log q) - alpha mean(grad log pi), by autograd and by finite differences."""
-    args = make_args(diffppo_continuous, diffusion_steps=3)
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_gradient_at_the_old_policy_is_equation_10(norm_adv):
+    """At theta_old: -mean(A grad log q) - alpha mean(grad log pi), standardised alike, and by finite differences."""
+    args = make_args(diffppo_continuous, diffusion_steps=3, norm_adv=norm_adv, vf_coef=0.0, ent_coef=0.25)
     actor, critic, rollout = random_rollout(diffppo_continuous, args)
-    rows, _ = diffppo_continuous.training_rows(actor, critic, unit_scaler(), rollout, args)
-    *steps, old_log_prob, _, _, _ = rows
-    advantages = torch.randn(len(old_log_prob))
+    rows, _ = diffppo_continuous.training_rows(actor, critic, fixed_scaler(), rollout, args)
+    *steps, _, _, returns, values = rows
+    advantages = returns - values  # at theta_old the refreshed entropy term is the stored one
+    mean, spread = (advantages.mean(), advantages.std()) if norm_adv else (0.0, 1.0)
 
-    def clipped_loss():
+    def objective():
         log_prob, log_noising = actor.log_density(*steps)
-        loss, ratio = diffppo_continuous.policy_loss(log_prob, old_log_prob, advantages, 0.2)
-        return loss + diffppo_continuous.noising_loss(log_noising, ratio, advantages, 0.2, ALPHA)
+        entropy = (0.5 * torch.log(2 * math.pi * math.e * actor.std() ** 2)).sum(1).mean()
+        surrogate = -((advantages - mean) / spread * log_prob).mean() - ALPHA / spread * log_noising.mean()
+        return surrogate - 0.25 * entropy
 
-    def expected_objective():
-        log_prob, log_noising = actor.log_density(*steps)
-        return -(advantages * log_prob).mean() - ALPHA * log_noising.mean()
-
+    loss = diffppo_continuous.ppo_loss(actor, critic, rows, ALPHA, args)[0]
     parameters = [actor.delta_logit, actor.net[0].weight, actor.net[4].bias]
-    gradients = torch.autograd.grad(clipped_loss(), parameters)
-    for ours, expected in zip(gradients, torch.autograd.grad(expected_objective(), parameters), strict=True):
-        torch.testing.assert_close(ours, expected)
+    gradients = torch.autograd.grad(loss, parameters)
+    for ours, expected in zip(gradients, torch.autograd.grad(objective(), parameters), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
     h = 1e-5
     for row, column in ((0, 0), (2, 1)):
         values = []
         for sign in (1, -1):
             with torch.no_grad():
                 actor.delta_logit[row, column] += sign * h
-                values.append(expected_objective().item())
+                values.append(objective().item())
                 actor.delta_logit[row, column] -= sign * h
         assert gradients[0][row, column].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
+
+
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_ppo_loss_at_the_old_policy(norm_adv):
+    args = make_args(ppo_continuous, norm_adv=norm_adv, ent_coef=0.25)
+    actor, critic, rollout = random_rollout(ppo_continuous, args)
+    rows, _ = ppo_continuous.training_rows(actor, critic, fixed_scaler(), rollout, args)
+    obs, latents, _, _, returns, values = rows
+    advantages = returns - values
+    if norm_adv:
+        advantages = (advantages - advantages.mean()) / advantages.std()
+    entropy = torch.distributions.Normal(0.0, actor.log_std.exp()).entropy().sum()
+    expected = -(advantages * actor.log_density(obs, latents)).mean() - 0.25 * entropy
+    expected = expected + 0.5 * 0.5 * (critic(obs) - returns).square().mean()
+    loss, metrics = ppo_continuous.ppo_loss(actor, critic, rows, ALPHA, args)
+    parameters = [actor.log_std, actor.net[0].weight, critic.net[2].weight]
+    for ours, reference in zip(*(torch.autograd.grad(x, parameters) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-7)
+    assert metrics["entropy"].item() == pytest.approx(entropy.item()) and metrics["clipfrac"] == 0
+
+
+def test_first_schedule_ends_with_the_smallest_noise():
+    actor = make_actor(diffppo_continuous, diffusion_steps=5, delta_first=1.0, delta_last=0.01, prior_std=2.0)
+    expected = 2 * torch.tensor([0.01, 0.01**0.75, 0.1, 0.01**0.25, 1.0]).sqrt()
+    torch.testing.assert_close(actor.std()[:, 0], expected)
+    torch.testing.assert_close(actor.order, torch.arange(5, 0, -1))
 
 
 def test_path_log_ratio_of_diffppo_is_that_of_its_kernels():

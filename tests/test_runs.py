@@ -73,10 +73,10 @@ def test_trains_past_learning_starts(script, env_id, monkeypatch, tmp_path):
     assert not torch.equal(checkpoint["qf"]["weights.0"], checkpoint["qf_target"]["weights.0"])
 
 
-@off_policy
-def test_replay_at_terminations_and_truncations_with_three_environments(script, monkeypatch, tmp_path):
+@pytest.mark.parametrize("script", [*OFF_POLICY, dime], ids=lambda script: script.__name__)
+def test_replay_at_terminations_and_truncations_with_three_environments(script, small, monkeypatch, tmp_path):
     flags = "--env-id tests.scripted_env:Scripted-v0 --num-envs 3 --total-timesteps 150 --utd 0.5".split()
-    assert run_script(monkeypatch, script, *flags, *SMALL_OFF) == 0
+    assert run_script(monkeypatch, script, *flags, *small) == 0
     obs, next_obs, actions, rewards, terminations = (x.numpy() for x in load(run_dirs(tmp_path)[0])["buffer"]["data"])
     assert len(obs) == 150 and np.abs(actions).max() <= 1
     np.testing.assert_array_equal(next_obs[:, 0], obs[:, 0])  # never the first observation of the next episode
@@ -165,7 +165,7 @@ def test_dime_counts_its_gradient_steps(monkeypatch, tmp_path):
     assert run_script(monkeypatch, dime, *flags, *SMALL_OFF) == 0
     (run_dir,) = run_dirs(tmp_path)
     checkpoint = load(run_dir)
-    assert checkpoint["gradient_step"] == checkpoint["q_optimizer"]["state"][0]["step"] == 2 * 60
+    assert checkpoint["q_optimizer"]["state"][0]["step"] == 2 * 60
     assert checkpoint["actor_optimizer"]["state"][0]["step"] == 2 * 60 // 3  # policy delay
     assert checkpoint["alpha_optimizer"]["state"][0]["step"] == 2 * 60 // 3
     assert checkpoint["qf"]["norms.0.batches"] == 2 * 60 and checkpoint["qf"]["norms.0.mean"].abs().max() > 0
@@ -174,7 +174,23 @@ def test_dime_counts_its_gradient_steps(monkeypatch, tmp_path):
     resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", 130]
     assert run_script(monkeypatch, dime, *resume) == 0
     after = load(run_dir)
-    assert after["gradient_step"] == 2 * 90 and after["qf"]["norms.0.batches"] == 2 * 90
+    assert after["actor_optimizer"]["state"][0]["step"] == 2 * 90 // 3 and after["qf"]["norms.0.batches"] == 2 * 90
+    assert run_script(monkeypatch, dime, *resume, "--v-max", 9) == 2  # the logits belong to the atoms
+
+
+def test_dime_temperature_target_is_four_nats_of_running_cost(monkeypatch, tmp_path):
+    seen, temperature_loss = [], dime.temperature_loss
+
+    def spy(log_alpha, log_prob, target_entropy):
+        seen.append(target_entropy)
+        return temperature_loss(log_alpha, log_prob, target_entropy)
+
+    monkeypatch.setattr(dime, "temperature_loss", spy)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    args = dime.Args(env_id="Pendulum-v1", total_timesteps=50, learning_starts=40, critic_dim=16, progress=False)
+    args.hidden_dim, args.batch_size, args.eval_episodes = 16, 16, 1
+    dime.main(args)
+    assert seen[0] == pytest.approx(-(4 - 2.33523) + np.log(2), abs=1e-5)  # one action dimension, bounds +-2
 
 
 @off_policy
@@ -409,6 +425,35 @@ def test_on_policy_value_that_is_not_a_number_stops_the_run(script, monkeypatch,
     checkpoint = load(run_dirs(tmp_path)[0])
     assert checkpoint["global_step"] == 50
     assert all(torch.isfinite(x).all() for x in flatten(checkpoint) if isinstance(x, torch.Tensor))
+
+
+@on_policy
+def test_normaliser_stands_still_between_rollout_and_update(script, monkeypatch, tmp_path):
+    seen, draw, ppo_loss = [], script.Actor.forward, script.ppo_loss
+
+    def spy_draw(self, obs, noise_scale=1.0):
+        seen.append(("rollout", self.normalizer.mean.clone()))
+        return draw(self, obs, noise_scale)
+
+    def spy_loss(actor, critic, batch, alpha, args):
+        seen.append(("update", actor.normalizer.mean.clone()))
+        if len([kind for kind, _ in seen if kind == "update"]) % 280 == 1:  # before the first gradient step
+            *steps, old_log_prob, _, _, _ = batch
+            log_prob = actor.log_density(*steps)
+            log_prob = log_prob if isinstance(log_prob, torch.Tensor) else log_prob[0]
+            torch.testing.assert_close(log_prob, old_log_prob, rtol=0, atol=2e-5)
+        return ppo_loss(actor, critic, batch, alpha, args)
+
+    monkeypatch.setattr(script.Actor, "forward", spy_draw)
+    monkeypatch.setattr(script, "ppo_loss", spy_loss)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    sizes = {"num_envs": 8, "num_steps": 35, "num_minibatches": 28, "hidden_dim": 16, "eval_episodes": 1}
+    script.main(script.Args(env_id="Pendulum-v1", total_timesteps=560, eval_frequency=0, progress=False, **sizes))
+    first, second = seen[: 35 + 280], seen[35 + 280 : 2 * (35 + 280)]
+    for iteration in (first, second):
+        assert [kind for kind, _ in iteration] == ["rollout"] * 35 + ["update"] * 280
+        assert all(torch.equal(mean, iteration[0][1]) for _, mean in iteration)
+    assert not torch.equal(first[0][1], second[0][1])
 
 
 @on_policy
