@@ -429,11 +429,17 @@ def test_on_policy_value_that_is_not_a_number_stops_the_run(script, monkeypatch,
 
 @on_policy
 def test_normaliser_stands_still_between_rollout_and_update(script, monkeypatch, tmp_path):
-    seen, draw, ppo_loss = [], script.Actor.forward, script.ppo_loss
+    seen, draw, sample, ppo_loss = [], script.Actor.forward, script.Actor.sample, script.ppo_loss
 
     def spy_draw(self, obs, noise_scale=1.0):
         seen.append(("rollout", self.normalizer.mean.clone()))
         return draw(self, obs, noise_scale)
+
+    def unseen_sample(self, obs):  # evaluation and metrics
+        before = len(seen)
+        result = sample(self, obs)
+        del seen[before:]
+        return result
 
     def spy_loss(actor, critic, batch, alpha, args):
         seen.append(("update", actor.normalizer.mean.clone()))
@@ -445,6 +451,7 @@ def test_normaliser_stands_still_between_rollout_and_update(script, monkeypatch,
         return ppo_loss(actor, critic, batch, alpha, args)
 
     monkeypatch.setattr(script.Actor, "forward", spy_draw)
+    monkeypatch.setattr(script.Actor, "sample", unseen_sample)
     monkeypatch.setattr(script, "ppo_loss", spy_loss)
     monkeypatch.setattr(sys, "argv", ["script"])
     sizes = {"num_envs": 8, "num_steps": 35, "num_minibatches": 28, "hidden_dim": 16, "eval_episodes": 1}
