@@ -11,12 +11,15 @@ from gymnasium.spaces import Box
 
 import diffppo_continuous
 import diffsac_continuous
+import diffwpo_continuous
 import dime
 import ppo_continuous
 import sac_continuous
+import wpo_continuous
 
 ROOT = Path(__file__).resolve().parent.parent
-OFF_POLICY = [sac_continuous, diffsac_continuous]
+WASSERSTEIN = [wpo_continuous, diffwpo_continuous]
+OFF_POLICY = [sac_continuous, diffsac_continuous, *WASSERSTEIN]
 ON_POLICY = [ppo_continuous, diffppo_continuous]
 SCRIPTS = OFF_POLICY + ON_POLICY + [dime]
 
@@ -33,6 +36,13 @@ def randomise(actor, scale=0.3):
     with torch.no_grad():
         for parameter in actor.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
+
+
+def actor_loss(script, actor, qf, obs, alpha, **flags):
+    """The actor's loss of an off-policy script, without a trust region, and log_prob."""
+    if script in WASSERSTEIN:
+        return script.policy_loss(actor, actor, qf, obs, alpha, script.Args(**flags))[:2]
+    return script.policy_loss(actor, qf, obs, alpha)
 
 
 def chain(actor, obs, seed):

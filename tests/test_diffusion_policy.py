@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import diffsac_continuous
+import diffwpo_continuous
 from tests.common import (
+    actor_loss,
     chain,
     gauss_hermite,
     linear_control_actor,
@@ -228,23 +230,22 @@ def test_chain_gradient_is_the_sum_of_per_step_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("learn_delta", [False, True])
-def test_training_reaches_the_gaussian_target(learn_delta):
+@pytest.mark.parametrize("script", [diffsac_continuous, diffwpo_continuous])
+def test_training_reaches_the_gaussian_target(script, learn_delta):
     """With the script's own loss the gap comes within 0.05 nats of the optimum, or below it with learned delta."""
     torch.manual_seed(7)
-    actor = make_actor(
-        diffsac_continuous, 1, diffusion_steps=4, hidden_dim=32, prior_std=PRIOR_STD, learn_delta=learn_delta
-    )
+    actor = make_actor(script, 1, diffusion_steps=4, hidden_dim=32, prior_std=PRIOR_STD, learn_delta=learn_delta)
     delta = [2 * (1 - decay.item()) for decay in actor.kernels()[0].flatten()]
     _, _, optimum, mean, std = optimal_control(delta)
     optimizer = torch.optim.Adam([p for p in actor.parameters() if p.requires_grad], lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, 1500)
     for _ in range(1500):
-        loss, _ = diffsac_continuous.policy_loss(actor, latent_critic(actor), torch.zeros(256, 1), ALPHA)
+        loss, _ = actor_loss(script, actor, latent_critic(actor), torch.zeros(256, 1), ALPHA)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
+    with torch.no_grad():  # DiffSAC's loss, the negative bound, of either actor
         loss, _ = diffsac_continuous.policy_loss(actor, latent_critic(actor), torch.zeros(200_000, 1), ALPHA)
         latent = torch.atanh(actor.sample(torch.zeros(200_000, 1))[0])
     gap = LOG_Z + loss.item() / ALPHA

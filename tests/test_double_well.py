@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import diffsac_continuous
+import diffwpo_continuous
 import sac_continuous
-from tests.common import make_actor
+from tests.common import actor_loss, make_actor
 
 
 def double_well(action):
@@ -41,7 +42,7 @@ def train(script, alpha, updates, seed, **flags):
         q_optimizer.zero_grad()
         loss.backward()
         q_optimizer.step()
-        loss, _ = script.policy_loss(actor, qf, obs, alpha)
+        loss, _ = actor_loss(script, actor, qf, obs, alpha)
         actor_optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))
         actor_optimizer.step()
@@ -67,8 +68,15 @@ def test_gaussian_policy_cannot_fit_two_modes():
     assert 0.35 < distance < 0.55
 
 
-@pytest.mark.parametrize("alpha,updates,limit", [(0.05, 3500, 0.15), (0.2, 1500, 0.12)])
-def test_diffusion_policy_fits_two_modes(alpha, updates, limit):
-    distance, left = total_variation(train(diffsac_continuous, alpha, updates, seed=1, diffusion_steps=8), alpha)
+@pytest.mark.parametrize(
+    "script,alpha,updates,limit",
+    [
+        (diffsac_continuous, 0.05, 3500, 0.15),
+        (diffsac_continuous, 0.2, 1500, 0.12),
+        (diffwpo_continuous, 0.2, 1500, 0.12),
+    ],
+)
+def test_diffusion_policy_fits_two_modes(script, alpha, updates, limit):
+    distance, left = total_variation(train(script, alpha, updates, seed=1, diffusion_steps=8), alpha)
     assert distance < limit
     assert left == pytest.approx(0.5, abs=0.15)

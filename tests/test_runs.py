@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dime
-from tests.common import OFF_POLICY, ON_POLICY, ROOT, SCRIPTS, make_actor, randomise, run_script
+from tests.common import OFF_POLICY, ON_POLICY, ROOT, SCRIPTS, WASSERSTEIN, make_actor, randomise, run_script
 
 SAME_STEP = AutoresetMode.SAME_STEP
 SMALL = "--hidden-dim 16 --eval-episodes 2 --no-progress --device cpu".split()
@@ -269,7 +269,8 @@ def test_default_temperature_target_and_polyak_average(script, monkeypatch, tmp_
     args = script.Args(env_id="Pendulum-v1", total_timesteps=41, learning_starts=40, tau=0.25, progress=False)
     args.hidden_dim, args.batch_size, args.eval_episodes = 16, 16, 1
     script.main(args)
-    assert flags and torch.equal(seen["policy_loss"][2], seen["critic_loss"][3].obs)
+    obs = seen["policy_loss"][3 if script in WASSERSTEIN else 2]
+    assert flags and torch.equal(obs, seen["critic_loss"][3].obs)
     assert seen["temperature_loss"][2] == pytest.approx(np.log(2) - 1)  # -1 for actions in [-1, 1], bounds are +-2
     _, qf, qf_target = seen["critic_loss"][:3]
     for now, online, before in zip(qf_target.parameters(), qf.parameters(), seen["target"], strict=True):
@@ -282,9 +283,11 @@ def test_actions_come_from_the_policy_after_the_random_ones(script, monkeypatch,
     monkeypatch.setattr(
         script.Actor, "sample", lambda self, obs: (torch.full((len(obs), 1), 0.125), torch.zeros(len(obs)))
     )
-    monkeypatch.setattr(
-        script, "policy_loss", lambda actor, qf, obs, alpha: (sum(p.sum() for p in actor.parameters()), 0 * obs)
-    )
+
+    def loss(actor, *arguments):
+        return sum(p.sum() for p in actor.parameters()), torch.zeros(16), torch.zeros(2, 1)
+
+    monkeypatch.setattr(script, "policy_loss", loss if script in WASSERSTEIN else lambda *a: loss(*a)[:2])
     monkeypatch.setattr(sys, "argv", ["script"])
     args = script.Args(env_id="Pendulum-v1", total_timesteps=60, learning_starts=40, progress=False)
     args.hidden_dim, args.batch_size, args.eval_episodes = 16, 16, 1
@@ -505,6 +508,11 @@ BAD_DIFFUSION = {
     "growing delta": "--delta-first 0.1 --delta-last 0.2",
     "no prior": "--prior-std 0",
 }
+BAD_WASSERSTEIN = {
+    "no step": "--n-step 0",
+    "negative weight": "--kl-weights 0.1 -0.1",
+    "bound not a number": "--kl-bounds nan 0.1",
+}
 BAD_DIME = {
     "no denoising step": "--diffusion-steps 0",
     "no support": "--v-min 5 --v-max 5",
@@ -517,6 +525,8 @@ def bad_input():
     for script in SCRIPTS:
         cases = BAD | (BAD_ON_POLICY if script in ON_POLICY else BAD_OFF_POLICY)
         own = BAD_DIME if script is dime else BAD_DIFFUSION if "diff" in script.__name__ else {}
+        if script in WASSERSTEIN:
+            own = own | BAD_WASSERSTEIN
         for case, flags in (cases | own).items():
             yield pytest.param(script, flags, id=f"{script.__name__}: {case}")
 
