@@ -110,7 +110,7 @@ class Args:
     "entropy target in nats, in the environment's action units; default: -dim(A) for actions scaled to [-1, 1]"
     n_step: int = 1
     "rewards in one critic target; the entropies of the steps between are left out"
-    action_samples: int = 4
+    action_samples: int = 2
     "actions drawn for each state in the actor's loss"
     precondition: bool = True
     "multiply by the inverse Fisher matrix of the Gaussian, or follow the raw mixed derivative"

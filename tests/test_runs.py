@@ -347,8 +347,8 @@ def test_a_value_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_pat
     policy_loss = script.policy_loss
 
     def failing_loss(actor, *arguments):
-        loss, log_prob = policy_loss(actor, *arguments)
-        return loss * (1 + next(losses)), log_prob
+        loss, *rest = policy_loss(actor, *arguments)
+        return loss * (1 + next(losses)), *rest
 
     monkeypatch.setattr(script, "policy_loss", failing_loss)
     args.env_id, args.seed = "Pendulum-v1", 2
