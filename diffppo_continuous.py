@@ -635,8 +635,9 @@ def main(args: Args):
         # Optimizing the policy and value network
         rows, scale = training_rows(actor, critic, return_scaler, rollout, args)
         for _ in range(args.update_epochs):
-            for indices in torch.randperm(len(rows[0]), device=device).tensor_split(args.num_minibatches):
-                metrics = update([x[indices] for x in rows], args.alpha * scale)
+            order = torch.randperm(len(rows[0]), device=device)
+            for batch in zip(*(x[order].tensor_split(args.num_minibatches) for x in rows), strict=True):
+                metrics = update(batch, args.alpha * scale)
             if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                 break
         actor.normalizer.update(rollout.obs.flatten(0, 1))  # only now: the ratios need what the rollout saw
