@@ -33,7 +33,9 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -44,6 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -64,6 +67,10 @@ class Args:
     "auto takes CUDA, then MPS, then the CPU"
     torch_threads: int = 1
     "CPU threads of torch; more than one is slower for networks of this size"
+    compile: bool = False
+    "compile the gradient step with torch.compile"
+    cuda_graph: bool = False
+    "capture the gradient step and the policy as CUDA graphs"
     progress: bool = True
     "show a progress bar"
     track: bool = False
@@ -453,6 +460,40 @@ def check_finite(values, global_step, run_dir):
             sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
 
 
+class CudaGraph:
+    """Runs `function` as it is for some calls, then captures it as a CUDA graph, which later calls replay.
+
+    Every combination of tensor shapes and other arguments has its graph. The next replay overwrites the results.
+    """
+
+    def __init__(self, function, warmup=3):
+        self.function, self.warmup, self.calls, self.graphs = function, warmup, Counter(), {}
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        leaves = pytree.tree_leaves(inputs)
+        key = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
+        self.calls[key] += 1
+        if self.calls[key] <= self.warmup:  # what is allocated lazily must be there before the capture
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if key not in self.graphs:
+            static = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = self.function(*static)
+            self.graphs[key] = graph, pytree.tree_leaves(static), results
+        graph, static, results = self.graphs[key]
+        for old, new in zip(static, leaves, strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
+        graph.replay()
+        return results
+
+
 def main(args: Args):
     torch.set_num_threads(args.torch_threads)
     device = args.device
@@ -461,6 +502,8 @@ def main(args: Args):
     if not getattr(torch, device).is_available():
         fail(f"--device {device} is not available on this machine")
     device = torch.device(device)
+    if args.cuda_graph and device.type != "cuda":
+        fail(f"--cuda-graph needs --device cuda, not {device}")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and not importlib.util.find_spec(package):
             fail(f"--{flag.replace('_', '-')} needs the package {package}")
@@ -491,9 +534,10 @@ def main(args: Args):
     target_entropy = args.target_entropy
     if target_entropy is None:  # -dim(A) is meant for actions in [-1, 1]; other units shift the entropy
         target_entropy = (actor.action_scale.log() - 1).sum().item()
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
-    q_optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, fused=True)
-    alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.alpha_lr, fused=True)
+    adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
+    q_optimizer = adam(qf.parameters(), lr=args.q_lr)
+    alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     parts = {"actor": actor, "qf": qf, "qf_target": qf_target, "temperature": temperature, "buffer": buffer}
     parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
@@ -526,6 +570,12 @@ def main(args: Args):
             torch._foreach_lerp_(list(qf_target.parameters()), list(qf.parameters()), args.tau)
         metrics = {"qf_loss": qf_loss, "qf_values": qf_values, "actor_loss": actor_loss, "alpha": alpha}
         return {f"losses/{name}": value.detach() for name, value in (metrics | {"entropy": -log_prob}).items()}
+
+    act = actor.sample
+    if args.compile:
+        update = torch.compile(update)
+    if args.cuda_graph:
+        update, act = CudaGraph(update), CudaGraph(act)
 
     def checkpoint_now():
         parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
@@ -566,7 +616,15 @@ def main(args: Args):
             actions = envs.action_space.sample()
         else:
             with torch.no_grad():
-                actions = actor.sample(torch.as_tensor(obs, dtype=torch.float32, device=device))[0].cpu().numpy()
+                actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device))[0].cpu().numpy()
+
+        # ALGO LOGIC: training; on a GPU it goes on while the environments step
+        if global_step >= args.learning_starts and buffer.size:
+            updates_due += args.utd * args.num_envs
+            while updates_due >= 1:
+                batch = buffer.sample(args.batch_size)
+                metrics = update(batch)
+                updates_due -= 1
 
         # TRY NOT TO MODIFY: execute the game and log data
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -585,14 +643,6 @@ def main(args: Args):
 
         # CRUCIAL step easy to overlook
         obs = next_obs
-
-        # ALGO LOGIC: training
-        if global_step > args.learning_starts:
-            updates_due += args.utd * args.num_envs
-            while updates_due >= 1:
-                batch = buffer.sample(args.batch_size)
-                metrics = update(batch)
-                updates_due -= 1
 
         if due(100) and metrics:
             check_finite(metrics, global_step, run_dir)

@@ -44,8 +44,9 @@ import re
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -56,6 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -76,6 +78,10 @@ class Args:
     "auto takes CUDA, then MPS, then the CPU"
     torch_threads: int = 1
     "CPU threads of torch; more than one is slower for networks of this size"
+    compile: bool = False
+    "compile the gradient step with torch.compile"
+    cuda_graph: bool = False
+    "capture the gradient step and the policy as CUDA graphs"
     progress: bool = True
     "show a progress bar"
     track: bool = False
@@ -403,7 +409,7 @@ def policy_loss(actor, actor_target, qf, obs, alpha, args):
     actions, log_prob = actor.act(latents, noise)
     value = qf(obs, actions).amin(0) - alpha * log_prob
     (decay, std), latents = actor.kernels(), latents.detach()
-    velocity = torch.autograd.grad(value.sum(), noise)[0][:-1] / std.detach()  # DIFF: (4), as da^(k-1) = sigma d eps_k
+    velocity = torch.autograd.grad(value.sum(), noise, retain_graph=True)[0][:-1] / std.detach()  # DIFF: (4) by eps_k
     mean, noise, latent = actor.means(obs, latents), noise.detach()[:-1], latents[:-1]
     # the score is (m - a) / sigma^2: F^-1 times its derivatives by m and sigma is 1 and eps, as those of m + sigma eps
     score = mean + std * noise if args.precondition else (mean - latent) / std.square()
@@ -514,6 +520,40 @@ def check_finite(values, global_step, run_dir):
             sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
 
 
+class CudaGraph:
+    """Runs `function` as it is for some calls, then captures it as a CUDA graph, which later calls replay.
+
+    Every combination of tensor shapes and other arguments has its graph. The next replay overwrites the results.
+    """
+
+    def __init__(self, function, warmup=3):
+        self.function, self.warmup, self.calls, self.graphs = function, warmup, Counter(), {}
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        leaves = pytree.tree_leaves(inputs)
+        key = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
+        self.calls[key] += 1
+        if self.calls[key] <= self.warmup:  # what is allocated lazily must be there before the capture
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if key not in self.graphs:
+            static = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = self.function(*static)
+            self.graphs[key] = graph, pytree.tree_leaves(static), results
+        graph, static, results = self.graphs[key]
+        for old, new in zip(static, leaves, strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
+        graph.replay()
+        return results
+
+
 def main(args: Args):
     torch.set_num_threads(args.torch_threads)
     device = args.device
@@ -522,6 +562,8 @@ def main(args: Args):
     if not getattr(torch, device).is_available():
         fail(f"--device {device} is not available on this machine")
     device = torch.device(device)
+    if args.cuda_graph and device.type != "cuda":
+        fail(f"--cuda-graph needs --device cuda, not {device}")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and not importlib.util.find_spec(package):
             fail(f"--{flag.replace('_', '-')} needs the package {package}")
@@ -550,14 +592,15 @@ def main(args: Args):
     qf_target = copy.deepcopy(qf).requires_grad_(False)
     actor_target = copy.deepcopy(actor).requires_grad_(False)
     temperature = nn.ParameterDict({"log_alpha": torch.tensor(float(args.alpha)).log()}).to(device)
-    kl_weights = torch.tensor(args.kl_weights, device=device)[:, None].repeat(1, action_dim)
-    temperature["log_kl_weights"] = kl_weights.log()
+    kl_weights, kl_bounds = torch.tensor((args.kl_weights, args.kl_bounds or (0.0, 0.0)), device=device)[..., None]
+    temperature["log_kl_weights"] = kl_weights.log().repeat(1, action_dim)
     target_entropy = args.target_entropy
     if target_entropy is None:  # -dim(A) is meant for actions in [-1, 1]; other units shift the entropy
         target_entropy = (actor.action_scale.log() - 1).sum().item()
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
-    q_optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, fused=True)
-    alpha_optimizer = torch.optim.Adam(temperature.parameters(), lr=args.alpha_lr, fused=True)
+    adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
+    q_optimizer = adam(qf.parameters(), lr=args.q_lr)
+    alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     parts = {"actor": actor, "qf": qf, "qf_target": qf_target, "temperature": temperature, "buffer": buffer}
     parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
@@ -582,7 +625,7 @@ def main(args: Args):
         actor_optimizer.step()
 
         if args.kl_bounds:
-            dual_loss = (weights * (torch.tensor(args.kl_bounds, device=device)[:, None] - kl.detach())).sum()
+            dual_loss = (weights * (kl_bounds - kl.detach())).sum()
             alpha_optimizer.zero_grad()
             dual_loss.backward()
             alpha_optimizer.step()
@@ -599,6 +642,12 @@ def main(args: Args):
         metrics = {"qf_loss": qf_loss, "qf_values": qf_values, "actor_loss": actor_loss, "alpha": alpha}
         metrics |= {"kl_mean": kl[0], "kl_std": kl[1], "kl_weight_mean": weights[0], "kl_weight_std": weights[1]}
         return {f"losses/{name}": value.detach() for name, value in (metrics | {"entropy": -log_prob}).items()}
+
+    act = actor.sample
+    if args.compile:
+        update = torch.compile(update)
+    if args.cuda_graph:
+        update, act = CudaGraph(update), CudaGraph(act)
 
     def checkpoint_now():
         parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
@@ -640,7 +689,15 @@ def main(args: Args):
             actions = envs.action_space.sample()
         else:
             with torch.no_grad():
-                actions = actor.sample(torch.as_tensor(obs, dtype=torch.float32, device=device))[0].cpu().numpy()
+                actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device))[0].cpu().numpy()
+
+        # ALGO LOGIC: training; on a GPU it goes on while the environments step
+        if global_step >= args.learning_starts and buffer.size:
+            updates_due += args.utd * args.num_envs
+            while updates_due >= 1:
+                batch = buffer.sample(args.batch_size)
+                metrics = update(batch)
+                updates_due -= 1
 
         # TRY NOT TO MODIFY: execute the game and log data
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -661,14 +718,6 @@ def main(args: Args):
 
         # CRUCIAL step easy to overlook
         obs = next_obs
-
-        # ALGO LOGIC: training
-        if global_step > args.learning_starts:
-            updates_due += args.utd * args.num_envs
-            while updates_due >= 1:
-                batch = buffer.sample(args.batch_size)
-                metrics = update(batch)
-                updates_due -= 1
 
         if due(100) and metrics:
             check_finite(metrics, global_step, run_dir)

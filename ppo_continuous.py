@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -31,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -51,6 +53,10 @@ class Args:
     "auto takes CUDA, then MPS, then the CPU"
     torch_threads: int = 1
     "CPU threads of torch; more than one is slower for networks of this size"
+    compile: bool = False
+    "compile the gradient step with torch.compile"
+    cuda_graph: bool = False
+    "capture the gradient step and the policy as CUDA graphs"
     progress: bool = True
     "show a progress bar"
     track: bool = False
@@ -435,6 +441,40 @@ def check_finite(values, global_step, run_dir):
             sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
 
 
+class CudaGraph:
+    """Runs `function` as it is for some calls, then captures it as a CUDA graph, which later calls replay.
+
+    Every combination of tensor shapes and other arguments has its graph. The next replay overwrites the results.
+    """
+
+    def __init__(self, function, warmup=3):
+        self.function, self.warmup, self.calls, self.graphs = function, warmup, Counter(), {}
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        leaves = pytree.tree_leaves(inputs)
+        key = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
+        self.calls[key] += 1
+        if self.calls[key] <= self.warmup:  # what is allocated lazily must be there before the capture
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if key not in self.graphs:
+            static = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = self.function(*static)
+            self.graphs[key] = graph, pytree.tree_leaves(static), results
+        graph, static, results = self.graphs[key]
+        for old, new in zip(static, leaves, strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
+        graph.replay()
+        return results
+
+
 def main(args: Args):
     torch.set_num_threads(args.torch_threads)
     device = args.device
@@ -443,6 +483,8 @@ def main(args: Args):
     if not getattr(torch, device).is_available():
         fail(f"--device {device} is not available on this machine")
     device = torch.device(device)
+    if args.cuda_graph and device.type != "cuda":
+        fail(f"--cuda-graph needs --device cuda, not {device}")
     for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
         if getattr(args, flag) and not importlib.util.find_spec(package):
             fail(f"--{flag.replace('_', '-')} needs the package {package}")
@@ -470,7 +512,8 @@ def main(args: Args):
     critic = Critic(actor.net[0].in_features, args).to(device)
     return_scaler = ReturnScaler(args.num_envs, args.gamma).to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change
+    optimizer = torch.optim.Adam(parameters, lr=rate, eps=1e-5, fused=True, capturable=device.type == "cuda")
     parts = {"actor": actor, "critic": critic, "return_scaler": return_scaler, "optimizer": optimizer}
     parts |= {"random_state": RandomState(device)}
     if checkpoint:
@@ -482,6 +525,10 @@ def main(args: Args):
     shapes = ((*shape, obs_dim), (*shape, obs_dim), (*shape, action_dim), shape, shape, shape)
     rollout = Rollout(*(torch.zeros(s, device=device) for s in shapes))
 
+    def act(obs):
+        latents = actor(actor.normalizer(obs))
+        return latents, actor.squash(latents)[0]
+
     def update(batch, alpha):
         """One gradient step on a minibatch, alpha in units of the scaled rewards; returns tensors for the log."""
         loss, metrics = ppo_loss(actor, critic, batch, alpha, args)
@@ -490,6 +537,11 @@ def main(args: Args):
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         return {f"losses/{name}": value.detach() for name, value in metrics.items()}
+
+    if args.compile:
+        update = torch.compile(update)
+    if args.cuda_graph:
+        update, act = CudaGraph(update), CudaGraph(act)
 
     def checkpoint_now():
         parameters = dict(actor.named_parameters()) | dict(critic.named_parameters())
@@ -525,19 +577,17 @@ def main(args: Args):
     progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
     while global_step < args.total_timesteps and not stop:
         if args.anneal_lr:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+            rate.fill_(args.learning_rate * (1 - global_step / args.total_timesteps))
 
         for step in range(args.num_steps):
             global_step += args.num_envs
             # ALGO LOGIC: action logic
             obs = torch.as_tensor(current_obs, dtype=torch.float32, device=device)
             with torch.no_grad():
-                latents = actor(actor.normalizer(obs))
-                actions = actor.squash(latents)[0].cpu().numpy()
+                latents, actions = act(obs)
 
             # TRY NOT TO MODIFY: execute the game and log data
-            current_obs, reward, terminated, truncated, infos = envs.step(actions)
+            current_obs, reward, terminated, truncated, infos = envs.step(actions.cpu().numpy())
             real_next_obs = current_obs.copy()
             for i in np.flatnonzero(terminated | truncated):  # current_obs[i] already belongs to the next episode
                 real_next_obs[i] = infos["final_obs"][i]
@@ -567,7 +617,7 @@ def main(args: Args):
         metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
         for name, value in metrics.items():
             writer.add_scalar(name, value.mean().item(), global_step)
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        writer.add_scalar("charts/learning_rate", rate.item(), global_step)
         writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
         if due(args.eval_frequency) or global_step >= args.total_timesteps:
             for name, returns in evaluate(actor, eval_envs, args.seed, device).items():
