@@ -250,10 +250,11 @@ class SoftQNetwork(nn.Module):
 
     def forward(self, obs, actions):
         """Values (2, batch) of obs (batch, obs_dim) and actions (batch, action_dim) in the environment's units."""
+        (weight1, weight2, weight3), (bias1, bias2, bias3) = self.weights, self.biases
         x = torch.cat((obs, actions), dim=-1).expand(2, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, F.relu(x) if i else x, weight)
-        return x.squeeze(-1)
+        x = F.relu(torch.baddbmm(bias1, x, weight1))
+        x = F.relu(torch.baddbmm(bias2, x, weight2))
+        return (x * weight3.mT).sum(-1) + bias3.squeeze(-1)  # faster than a matrix product with a single column
 
 
 LOG_STD_MIN, LOG_STD_MAX = -20, 2
