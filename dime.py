@@ -251,17 +251,18 @@ class BatchRenorm(nn.Module):
         """Normalise x (2, batch, features) by the running statistics, or the batch's, which then enter the former."""
         running_std = (self.var + self.eps).sqrt()
         if not train:
-            return self.weight * (x - self.mean) / running_std + self.bias
-        mean, var = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+            return torch.addcmul(self.bias, x - self.mean, self.weight / running_std)
+        mean = x.mean(1, keepdim=True)
+        centred = x - mean
+        var = centred.square().mean(1, keepdim=True)  # faster than x.var()
         std = (var + self.eps).sqrt()
         with torch.no_grad():
             warm = self.batches >= self.warmup
             r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
             d = torch.where(warm, ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
-            self.mean.lerp_(mean, self.momentum)
-            self.var.lerp_(var, self.momentum)
+            torch._foreach_lerp_([self.mean, self.var], [mean, var], self.momentum)
             self.batches += 1
-        return self.weight * ((x - mean) / std * r + d) + self.bias
+        return torch.addcmul(self.weight * d + self.bias, centred, self.weight * r / std)
 
 
 class SoftQNetwork(nn.Module):
@@ -407,9 +408,8 @@ def critic_loss(actor, qf, batch, alpha, gamma, entropy_weight):
     with torch.no_grad():
         next_probs = logits[:, len(batch.obs) :].softmax(-1).mean(0)
         next_cost = next_log_prob + actor.action_scale.log().sum()  # the support is meant for actions in [-1, 1]
-        target = batch.rewards[:, None] + gamma * (1 - batch.terminations[:, None]) * (
-            qf.atoms - alpha * next_cost[:, None]
-        )
+        next_values = qf.atoms - alpha * next_cost[:, None]
+        target = batch.rewards[:, None] + gamma * (1 - batch.terminations[:, None]) * next_values
         target_probs = project(next_probs, target, qf.atoms)
         clipped = (next_probs * ((target < qf.atoms[0]) | (target > qf.atoms[-1]))).sum(-1).mean()
     probs = log_probs.exp()
