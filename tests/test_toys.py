@@ -1,0 +1,192 @@
+"""toys/ and tools/multimodality.py: exact optima by other means, and the tool on policies whose numbers are known."""
+
+import importlib.util
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from scipy import integrate
+
+import diffppo_continuous
+import diffsac_continuous
+import dime
+import sac_continuous
+import toys
+from tests.common import ROOT, randomise, run_script
+
+spec = importlib.util.spec_from_file_location("multimodality", ROOT / "tools" / "multimodality.py")
+multimodality = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(multimodality)
+
+IDS = ("toys:TurningDoubleWell-v0", "toys:TurningGMM-v0")
+TABLE = {  # temperature: E[R], entropy, density at the peaks and at 0, E|a|, alpha log Z
+    0.01: (0.99490, -0.8838, 4.030, 1.2e-6, 0.4984, 0.98606),
+    0.05: (0.97138, 0.04898, 1.688, 0.0840, 0.4637, 0.97383),
+    0.1: (0.95086, 0.34290, 1.160, 0.2588, 0.4362, 0.98515),
+    0.2: (0.92759, 0.50901, 0.8633, 0.4078, 0.4284, 1.02939),
+    1.0: (0.86182, 0.67344, 0.5855, 0.5040, 0.4673, 1.53525),
+}
+
+
+@pytest.mark.parametrize("env_id", IDS)
+@pytest.mark.filterwarnings("ignore")
+def test_environment_passes_gymnasiums_checks(env_id):
+    check_env(gym.make(env_id).unwrapped, skip_render_check=True)
+    env = gym.make(env_id)
+    env.reset(seed=1)
+    ends = [env.step(np.array([0.3], dtype=np.float32))[2:4] for _ in range(100)]
+    assert ends[:-1] == [(False, False)] * 99 and ends[-1] == (False, True)  # a time limit, not a terminal state
+
+
+def test_turns_and_rewards():
+    env = gym.make(IDS[0]).unwrapped
+    obs, _ = env.reset(seed=3)
+    heading = np.arctan2(obs[1], obs[0])
+    assert heading / (np.pi / 4) == pytest.approx(round(heading / (np.pi / 4)), abs=1e-9)
+    for action, reward, turn in (
+        (0.5, 1.0, 45),
+        (0.0, 0.85, 45),
+        (-0.01, 0.85, -45),
+        (-1.0, 0.0, -45),
+        (0.75, 0.8264, 45),
+    ):
+        obs, paid, *_ = env.step(np.array([action]))
+        heading += np.deg2rad(turn)
+        assert paid == pytest.approx(reward, abs=1e-3)
+        np.testing.assert_allclose(obs, (np.cos(heading), np.sin(heading)), atol=1e-9)
+    env = gym.make(IDS[1]).unwrapped
+    env.reset(seed=3)
+    env.heading = np.deg2rad(50.0)  # sector 1: means .619 .160 .344 .065 .653
+    obs, paid, *_ = env.step(np.array([0.344]))
+    density = np.mean(np.exp(-0.5 * ((0.344 - toys.MEANS[1]) / 0.05) ** 2)) / (0.05 * np.sqrt(2 * np.pi))
+    assert paid == pytest.approx(np.log(density), abs=1e-9)
+    np.testing.assert_allclose(obs, (np.cos(np.deg2rad(50 + 41.28)), np.sin(np.deg2rad(50 + 41.28))), atol=1e-9)
+    assert env.step(np.array([1.0]))[1] == pytest.approx(np.log(1e-12))  # the floor
+
+
+def test_mixtures_are_those_of_the_source():
+    assert toys.MEANS[0].round(3).tolist() == [0.205, -0.345, -0.689, -0.725, 0.470]
+    assert toys.MEANS[7].round(3).tolist() == [-0.285, -0.021, 0.584, 0.651, -0.213]
+
+
+@pytest.mark.parametrize("alpha", TABLE)
+def test_double_well_optimum(alpha):
+    """Against the table of the source and against adaptive quadrature."""
+    exact = toys.optimum(toys.TurningDoubleWell(), alpha)
+    peak, valley = (exact.density[0, np.abs(exact.actions - a).argmin()] for a in (0.5, 0.0))
+    distance = (exact.density[0] * np.abs(exact.actions)).mean() * 2
+    numbers = (exact.mean_reward[0], exact.entropy[0], peak, valley, distance, alpha * exact.log_partition[0])
+    np.testing.assert_allclose(numbers, TABLE[alpha], rtol=2e-4, atol=1e-4 if alpha > 0.01 else 5e-6)
+    density = lambda a: np.exp((toys.double_well_reward(0.0, a) - 1) / alpha)  # noqa: E731
+    whole = integrate.quad(density, -1, 1, points=(-0.5, 0, 0.5), limit=200)[0]
+    assert exact.log_partition[0] == pytest.approx(np.log(whole) + 1 / alpha, abs=1e-4)
+    assert np.ptp(exact.log_partition) < 1e-9 and exact.density.shape[0] == 8
+
+
+def test_gmm_optimum_at_temperature_one_is_the_mixture():
+    exact = toys.optimum(toys.TurningGMM(), 1.0)
+    entropies = [-0.2243, -0.4136, -0.5162, -0.0730, -0.5871, -0.4614, -0.2307, -0.3959]
+    np.testing.assert_allclose(exact.entropy.reshape(8, -1), np.repeat(entropies, 15).reshape(8, -1), atol=6e-5)
+    np.testing.assert_allclose(exact.mean_reward, -exact.entropy, atol=1e-3)
+    assert np.abs(exact.log_partition).max() < 1e-6
+    np.testing.assert_allclose(exact.density.mean(1) * 2, 1, atol=1e-9)
+
+
+def test_gmm_optimum_at_another_temperature_satisfies_the_soft_bellman_equation():
+    """V = alpha log integral exp((R + gamma V') / alpha), by sums of rewards and entropies under the density."""
+    alpha, gamma = 0.3, 0.5
+    exact = toys.optimum(toys.TurningGMM(), alpha, gamma, actions=1000, sectors=8)
+    random, count = np.random.default_rng(0), 4000
+    cumulative = exact.density.cumsum(1) / exact.density.sum(1, keepdims=True)
+    values = []
+    for start in (0, 21):
+        headings, total = np.full(count, exact.headings[start]), np.zeros(count)
+        for t in range(25):
+            cell = np.abs(np.angle(np.exp(1j * (headings[:, None] - exact.headings)))).argmin(1)
+            column = (cumulative[cell] < random.uniform(size=(count, 1))).sum(1).clip(max=999)
+            action = exact.actions[column]
+            reward = toys.gmm_reward(headings, action)
+            total += gamma**t * (reward - alpha * np.log(exact.density[cell, column]))
+            headings = headings + toys.gmm_turn(action)
+        values.append(total)
+    # alpha log_partition = V - gamma V at one heading, up to the same constant everywhere
+    expected = alpha * (exact.log_partition[0] - exact.log_partition[21]) / (1 - gamma)
+    error = np.sqrt(sum(v.var() for v in values) / count)
+    assert error < 0.02
+    assert values[0].mean() - values[1].mean() == pytest.approx(expected, abs=4 * error + 0.01)
+
+
+class Exact(torch.nn.Module):
+    """A policy that draws from the exact density of the double well, or from its right half alone."""
+
+    def __init__(self, alpha, right_only=False):
+        super().__init__()
+        self.exact, self.right_only = toys.optimum(toys.TurningDoubleWell(), alpha), right_only
+
+    def sample(self, obs):
+        density = self.exact.density[0] * (2 * (self.exact.actions > 0) if self.right_only else 1)
+        cell = np.random.default_rng(len(obs)).choice(len(density), size=len(obs), p=density / density.sum())
+        spread = (np.random.default_rng(1).uniform(size=len(obs)) - 0.5) * 2 / len(density)
+        action = torch.as_tensor(self.exact.actions[cell] + spread)
+        return action[:, None], torch.as_tensor(np.log(density[cell]))
+
+
+def policy_of(actor, alpha):
+    args = sac_continuous.Args(env_id=IDS[0])
+    return multimodality.Policy("exact", actor, args, gym.make(IDS[0]).unwrapped, alpha)
+
+
+def test_table_of_the_exact_policy():
+    row = multimodality.compare(policy_of(Exact(0.05), 0.05), 20_000, 200)[0]
+    assert row["tv"] < 0.03 and (row["kept"], row["modes"]) == (16, 16) and row["least"] > 0.95
+    assert abs(row["regret"]) < 0.002 and abs(row["gap"]) < 1e-3
+    assert abs(row["single_error"]) < 1e-3 and abs(row["episode_error"]) < 1e-3
+    assert row["single_size"] > 0.999 and row["episode_size"] > 0.95
+
+
+def test_table_of_a_policy_with_one_mode():
+    """Right half only: TV 1/2, half of the modes, a KL of log 2 a step, and half of Z from its samples."""
+    row = multimodality.compare(policy_of(Exact(0.05, right_only=True), 0.05), 20_000, 200)[0]
+    assert row["tv"] == pytest.approx(0.5, abs=0.02) and (row["kept"], row["modes"]) == (8, 16)
+    assert row["gap"] == pytest.approx(np.log(2), abs=1e-3) and abs(row["regret"]) < 0.003
+    assert row["single_error"] == pytest.approx(-np.log(2), abs=1e-3)
+    assert row["episode_error"] == pytest.approx(-np.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("script", [diffsac_continuous, diffppo_continuous, dime])
+def test_latents_of_the_chain_lead_to_the_action(script):
+    env = gym.make(IDS[0])
+    actor = script.Actor(env.observation_space, env.action_space, script.Args(diffusion_steps=3))
+    randomise(actor)
+    obs = torch.randn(5, 2)
+    torch.manual_seed(2)
+    action = actor.sample(obs)[0]
+    torch.manual_seed(2)
+    latents = multimodality.chain_latents(actor, obs)
+    assert latents.shape == (4, 5)
+    torch.testing.assert_close(torch.tanh(latents[0]), action[:, 0])
+    torch.manual_seed(2)
+    assert latents[3].std() > 0.1
+
+
+def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT))
+    flags = "--total-timesteps 60 --hidden-dim 16 --eval-episodes 1 --no-progress --device cpu".split()
+    off = "--learning-starts 40 --batch-size 16 --no-autotune --alpha 0.05".split()
+    on = "--num-envs 2 --num-steps 10 --num-minibatches 2 --alpha 1".split()
+    assert run_script(monkeypatch, sac_continuous, "--env-id", IDS[0], *flags, *off) == 0
+    assert run_script(monkeypatch, diffppo_continuous, "--env-id", IDS[1], *flags, *on) == 0
+    capsys.readouterr()
+    checkpoints = sorted(tmp_path.glob("runs/*/checkpoint.pt"))
+    multimodality.table(checkpoints, samples=200, trajectories=10, figure=tmp_path / "table.png")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["sac, seed 1", "diffppo, seed 1"]
+    assert [row.split("|")[2].strip() for row in rows] == ["0.05", "1"]
+    multimodality.chain(checkpoints[1], tmp_path / "chain.png", samples=200)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("table", "chain"))
+    with pytest.raises(SystemExit, match="has no chain"):
+        multimodality.chain(checkpoints[0], tmp_path / "none.png")

@@ -1,0 +1,231 @@
+"""How close a policy comes to the exact maximum-entropy optimum in the environments of toys/, and how its chain works.
+
+    python tools/multimodality.py table runs/*/checkpoint.pt --figure docs/images/double_well.png
+    python tools/multimodality.py chain runs/<run>/checkpoint.pt --figure docs/images/chain.png
+
+`table` prints Markdown, one row for each checkpoint:
+
+    TV            total variation distance between the histogram of actions and the exact density, mean over headings
+    modes         modes that hold at least a quarter of their exact mass, of all, and the least share of the exact mass
+    E[R]          mean reward of a step in whole episodes, and its difference to the optimum's
+    evidence gap  log Z per step minus the mean of log w per step, w = exp(sum R / alpha) / q(actions): a KL divergence
+    log Z error   estimate from the weights minus the exact value, per step; of single steps and of whole episodes, each
+                  with the effective sample size 1 / sum w^2 of normalised weights, as a share of the samples
+
+q is the density of the actions for a Gaussian policy; a diffusion policy has its chain and the noising kernels in the
+weights instead: log w = sum R / alpha - sum of the path log-ratios, which leaves the mean of w what it is.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import toys  # noqa: E402
+
+STEPS = 100
+CELLS = {"TurningDoubleWell-v0": 40, "TurningGMM-v0": 100}  # of the histograms
+
+
+@dataclass
+class Policy:
+    """A checkpoint's actor, the script's arguments, the environment and its temperature."""
+
+    name: str
+    actor: torch.nn.Module
+    args: object
+    env: toys.Turning
+    alpha: float
+
+
+def load_policy(path):
+    """Load the actor of any script's checkpoint; refuses what was not trained on toys/."""
+    script = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
+    module = importlib.import_module(script)
+    checkpoint = module.load_checkpoint(path)
+    args = checkpoint["args"]
+    if not args.env_id.startswith("toys:"):
+        sys.exit(f"error: {path} is of {args.env_id}, not of an environment in toys/")
+    env = gym.make(args.env_id)
+    actor = module.Actor(env.observation_space, env.action_space, args)
+    actor.load_state_dict(checkpoint["actor"])
+    alpha = args.alpha
+    if getattr(args, "autotune", False):
+        alpha = checkpoint["temperature"]["log_alpha"].exp().item()
+    name = f"{script.removesuffix('_continuous')}, seed {args.seed}"
+    return Policy(name, actor, args, env.unwrapped, alpha)
+
+
+@torch.no_grad()
+def sample(policy, headings):
+    """Actions and log-probabilities (or path log-ratios) at headings (count,), both (count,)."""
+    obs = torch.as_tensor(policy.env.observe(headings), dtype=torch.float32)
+    action, log_prob = policy.actor.sample(obs)
+    return action[:, 0].double().numpy(), log_prob.double().numpy()
+
+
+def log_mean_exp(log_weights):
+    """Log of the mean weight, and the effective sample size as a share of the count."""
+    top = log_weights.max()
+    weights = np.exp(log_weights - top)
+    return top + np.log(weights.mean()), weights.sum() ** 2 / (len(weights) * (weights**2).sum())
+
+
+def modes_of(env, heading):
+    """Positions of the modes at a heading; those of the GMM that lie within two std of another are one."""
+    if isinstance(env, toys.TurningDoubleWell):
+        return np.array([-0.5, 0.5])
+    modes = []
+    for mean in np.sort(toys.MEANS[toys.sector(heading)]):
+        if modes and mean - modes[-1][-1] < 2 * toys.STD:
+            modes[-1].append(mean)
+        else:
+            modes.append([mean])
+    return np.array([np.mean(mode) for mode in modes])
+
+
+def compare(policy, samples, trajectories, seed=0):
+    """Numbers of one row of the table, and the histograms (headings, cells) with the exact masses for the figure."""
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    env = policy.env
+    exact = toys.optimum(env, policy.alpha, policy.args.gamma, sectors=3)
+    cells = CELLS[env.spec.id]
+    edges = np.linspace(-1, 1, cells + 1)
+    masses = exact.density.reshape(len(exact.headings), cells, -1).mean(-1) * 2 / cells
+    histograms, kept, of, least, single = np.zeros_like(masses), 0, 0, [], []
+    for i, heading in enumerate(exact.headings):
+        action, log_prob = sample(policy, np.full(samples, heading))
+        histograms[i] = np.histogram(action, edges)[0] / samples
+        modes = modes_of(env, heading)
+        nearest = np.abs(action[:, None] - modes).argmin(1)
+        nearest_exact = np.abs(exact.actions[:, None] - modes).argmin(1)
+        share = np.array([(nearest == j).mean() for j in range(len(modes))])
+        whole = (
+            np.array([exact.density[i, nearest_exact == j].sum() for j in range(len(modes))]) * 2 / len(exact.actions)
+        )
+        kept, of = kept + (share > whole / 4).sum(), of + len(modes)
+        least.append((share / whole).min())
+        single.append(env.reward(np.full(samples, heading), action) / policy.alpha - log_prob)
+    single_z, single_size = np.mean([log_mean_exp(weights) for weights in single], axis=0)
+    headings = env.first_headings(random, (trajectories,))
+    log_weights, rewards = np.zeros(trajectories), 0.0
+    for _ in range(STEPS):
+        action, log_prob = sample(policy, headings)
+        reward = env.reward(headings, action)
+        log_weights += reward / policy.alpha - log_prob
+        rewards += reward.mean() / STEPS
+        headings = headings + env.turn(action)
+    episode_z, episode_size = log_mean_exp(log_weights)
+    partition = exact.log_partition.mean()  # the same everywhere where log Z of an episode is known
+    row = {
+        "tv": 0.5 * np.abs(histograms - masses).sum(1).mean(),
+        "kept": int(kept),
+        "modes": of,
+        "least": float(np.mean(least)),
+        "reward": float(rewards),
+        "regret": float(rewards - exact.mean_reward.mean()),
+        "gap": float(partition - log_weights.mean() / STEPS),
+        "single_error": float(single_z - partition),
+        "single_size": float(single_size),
+        "episode_error": float(episode_z / STEPS - partition),
+        "episode_size": float(episode_size),
+    }
+    return row, exact.headings, edges, histograms, masses
+
+
+def table(
+    checkpoints: Annotated[list[Path], tyro.conf.Positional],
+    samples: int = 20_000,
+    trajectories: int = 1_000,
+    figure: Path | None = None,
+    columns: int = 3,
+) -> None:
+    """Print the table, from `samples` actions at each heading and `trajectories` episodes; draw the histograms."""
+    results = []
+    print("| policy | alpha | TV | modes (least) | E[R] (regret) | evidence gap | log Z error, ESS: step | episode |")
+    print("|---|---|---|---|---|---|---|---|")
+    for path in checkpoints:
+        policy = load_policy(path)
+        results.append((policy, *compare(policy, samples, trajectories)))
+        r = results[-1][1]
+        print(
+            f"| {policy.name} | {policy.alpha:.3g} | {r['tv']:.3f} | {r['kept']}/{r['modes']} ({r['least']:.2f}) "
+            f"| {r['reward']:.3f} ({r['regret']:+.3f}) | {r['gap']:.3f} | {r['single_error']:+.3f}, "
+            f"{100 * r['single_size']:.0f} % | {r['episode_error']:+.3f}, {100 * r['episode_size']:.1f} % |"
+        )
+    if figure:
+        drawing, axes = plt.subplots(len(results), columns, figsize=(3.2 * columns, 1.9 * len(results)), squeeze=False)
+        for axis_row, (policy, _, headings, edges, histograms, masses) in zip(axes, results, strict=True):
+            width = edges[1] - edges[0]
+            for axis, i in zip(axis_row, np.linspace(0, len(headings) - 1, columns).astype(int), strict=True):
+                axis.stairs(histograms[i] / width, edges, fill=True, color="#56B4E9", label="policy")
+                axis.stairs(masses[i] / width, edges, color="black", linewidth=1.2, label="exact")
+                axis.set_title(f"{policy.name}, heading {np.rad2deg(headings[i]):.0f}°", fontsize=9)
+                axis.set_xlim(-1, 1)
+        for axis in axes[-1]:
+            axis.set_xlabel("action")
+        axes[0, 0].legend(fontsize=8, frameon=False)
+        save(drawing, figure)
+
+
+def chain_latents(actor, obs):
+    """Latents a^0 ... a^K of any diffusion actor, (K + 1, count)."""
+    if hasattr(actor, "normalizer"):
+        return actor(actor.normalizer(obs))[..., 0].T.flip(0)
+    return actor(obs)[0][..., 0]
+
+
+def save(drawing, path):
+    drawing.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=150)
+
+
+def chain(
+    checkpoint: Annotated[Path, tyro.conf.Positional], figure: Path, heading: float = 22.5, samples: int = 20_000
+) -> None:
+    """Draw the chain of a diffusion policy at one heading, in degrees: particles and densities, prior to action."""
+    policy = load_policy(checkpoint)
+    if not hasattr(policy.args, "diffusion_steps"):
+        sys.exit(f"error: {policy.name} has no chain")
+    torch.manual_seed(0)
+    psi = np.deg2rad(heading)
+    obs = torch.as_tensor(policy.env.observe(np.full(samples, psi)), dtype=torch.float32)
+    with torch.no_grad():
+        actions = torch.tanh(chain_latents(policy.actor, obs)).double().numpy()
+    steps = len(actions) - 1
+    edges = np.linspace(-1, 1, CELLS[policy.env.spec.id] + 1)
+    exact = toys.optimum(policy.env, policy.alpha, policy.args.gamma, sectors=3)
+    nearest = np.abs(np.angle(np.exp(1j * (exact.headings - psi)))).argmin()
+    drawing, axis = plt.subplots(figsize=(1.15 * (steps + 2) + 1, 4))
+    colours = np.where(actions[0, :150] < 0, "#0072B2", "#D55E00")
+    for i, colour in enumerate(colours):
+        axis.plot(np.arange(steps + 1), actions[::-1, i], color=colour, linewidth=0.5, alpha=0.45)
+    highest = max(np.histogram(a, edges, density=True)[0].max() for a in actions)
+    middles = (edges[1:] + edges[:-1]) / 2
+    for position, k in enumerate(range(steps, -1, -1)):
+        density = np.histogram(actions[k], edges, density=True)[0] / highest
+        axis.fill_betweenx(
+            middles, position, position + 0.8 * density, step="mid", color="black", alpha=0.55, linewidth=0
+        )
+    scale = 0.8 / highest
+    axis.fill_betweenx(exact.actions, steps + 1, steps + 1 + scale * exact.density[nearest], color="#009E73")
+    axis.set_xticks(range(steps + 2), [f"$a^{{{k}}}$" for k in range(steps, -1, -1)] + ["exact"])
+    axis.set_ylabel("tanh of the latent")
+    axis.set_ylim(-1, 1)
+    axis.set_title(f"{policy.name}: from the prior to the action, heading {heading:g}°", fontsize=10)
+    save(drawing, figure)
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"table": table, "chain": chain})
