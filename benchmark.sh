@@ -1,0 +1,60 @@
+#!/bin/sh
+# ./benchmark.sh SUITE [options of tools/benchmark.py], from the folder of the repository:
+#
+#   ./benchmark.sh quick                                       all scripts on Pendulum-v1, under an hour on two cores
+#   ./benchmark.sh mujoco --workers 8                          each diffusion script against its twin, and DIME
+#   ./benchmark.sh mujoco --slurm --slurm-args "--time=24:00:00 --partition=gpu --gres=gpu:1"
+#   ./benchmark.sh diffusion-steps                             K = 1 ... 16 on Humanoid-v4
+#   ./benchmark.sh toy                                         the environments with a known optimum
+#
+# Call it again to go on after an interruption. Then:
+#
+#   python tools/plot.py export runs/benchmark/SUITE/*/runs/* --to results
+#   python tools/plot.py table results/*/*.csv
+set -e
+suite=$1
+[ $# -gt 0 ] && shift
+run() { python tools/benchmark.py "$suite" "$@"; }
+
+case $suite in
+quick)
+    off="--env-id Pendulum-v1 --total-timesteps 20000 --learning-starts 1000 --eval-frequency 2000 --checkpoint-frequency 5000"
+    on="--env-id Pendulum-v1 --total-timesteps 300000 --eval-frequency 25000 --gamma 0.9 --learning-rate 0.001"
+    run --seeds 1 2 3 "$@" --commands \
+        "sac_continuous.py $off" \
+        "diffsac_continuous.py $off --diffusion-steps 4" \
+        "wpo_continuous.py $off" \
+        "diffwpo_continuous.py $off --diffusion-steps 4" \
+        "dime.py $off --diffusion-steps 4 --critic-dim 128 --hidden-dim 128" \
+        "ppo_continuous.py $on" \
+        "diffppo_continuous.py $on --diffusion-steps 4"
+    ;;
+mujoco)
+    tasks="--env-id {Humanoid-v4,HalfCheetah-v4,Ant-v4,Walker2d-v4,Hopper-v4} --total-timesteps 1000000"
+    run --seeds 1 2 3 4 "$@" --commands \
+        "{sac_continuous.py,wpo_continuous.py,ppo_continuous.py} $tasks" \
+        "{diffsac_continuous.py,diffwpo_continuous.py,diffppo_continuous.py} $tasks --diffusion-steps 8" \
+        "dime.py $tasks"
+    ;;
+diffusion-steps)
+    task="--env-id Humanoid-v4 --total-timesteps 1000000 --diffusion-steps {1,2,4,8,16}"
+    run --seeds 1 2 3 4 "$@" --commands "{diffsac_continuous.py,diffwpo_continuous.py,diffppo_continuous.py} $task"
+    ;;
+toy)
+    well="--env-id toys:TurningDoubleWell-v0 --alpha 0.05"
+    gmm="--env-id toys:TurningGMM-v0 --alpha 1"
+    off="--total-timesteps 20000 --learning-starts 1000 --eval-frequency 0 --checkpoint-frequency 5000 --no-autotune --hidden-dim 64"
+    on="--total-timesteps 400000 --eval-frequency 0"
+    for task in "$well" "$gmm"; do
+        run --seeds 1 2 3 "$@" --commands \
+            "{sac_continuous.py,wpo_continuous.py} $task $off" \
+            "{diffsac_continuous.py,diffwpo_continuous.py} $task $off --diffusion-steps 8" \
+            "dime.py $task $off --diffusion-steps 8 --critic-dim 64" \
+            "{ppo_continuous.py,diffppo_continuous.py} $task $on"
+    done
+    ;;
+*)
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,77 @@
+"""The grid through a real Slurm: array, requeue, time limit. `tests/slurm/start.sh` makes one; else skipped."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.common import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0, reason="needs Slurm"
+)
+FLAGS = "--env-id Pendulum-v1 --hidden-dim 16 --batch-size 16 --learning-starts 40 --eval-episodes 1 --device cpu"
+LONG = f"sac_continuous.py {FLAGS} --total-timesteps 4000 --checkpoint-frequency 100"
+
+
+def slurm(*words):
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def submit(tmp_path, seeds):
+    words = [
+        sys.executable,
+        ROOT / "tools" / "benchmark.py",
+        "suite",
+        "--folder",
+        tmp_path,
+        "--seeds",
+        *map(str, seeds),
+    ]
+    out = slurm(*words, "--slurm", "--slurm-args", "--time=01:00:00 --mem=0", "--commands", LONG)
+    return out.split()[-1] if "Submitted" in out else None
+
+
+def states(tmp_path):
+    return [json.loads(path.read_text())["state"] for path in sorted(tmp_path.glob("suite/*/status.json"))]
+
+
+def wait_for(condition, seconds=500):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, slurm("squeue")
+        time.sleep(0.5)
+
+
+def checkpoint(tmp_path, seed):
+    found = list(tmp_path.glob(f"suite/*seed-{seed}/runs/*/checkpoint.pt")) or list(
+        tmp_path.glob(f"suite/*seed_{seed}/runs/*/checkpoint.pt")
+    )
+    return found[0] if found else None
+
+
+def test_array_with_one_task_requeued_and_one_at_its_time_limit(tmp_path):
+    job = submit(tmp_path, (1, 2))
+    wait_for(lambda: checkpoint(tmp_path, 1) and checkpoint(tmp_path, 2))
+    slurm("scontrol", "requeue", f"{job}_0")  # as a preemption does
+    slurm("scancel", "--batch", "--signal=USR1", f"{job}_1")  # as Slurm does before the time limit
+    wait_for(lambda: states(tmp_path) == ["done", "done"])
+    for seed in (1, 2):
+        assert torch.load(checkpoint(tmp_path, seed), weights_only=True)["global_step"] == 4000
+    for log in tmp_path.glob("suite/*/log.txt"):
+        assert log.read_text().count("$ ") == 2 and "--resume" in log.read_text()
+    assert submit(tmp_path, (1, 2)) is None  # all cells are done
+
+
+def test_cancelled_task_writes_a_checkpoint_and_stays_away(tmp_path):
+    job = submit(tmp_path, (1,))
+    wait_for(lambda: checkpoint(tmp_path, 1))
+    slurm("scancel", job)
+    wait_for(lambda: states(tmp_path) == ["cut off"])
+    time.sleep(3)
+    assert job not in slurm("squeue", "-h", "-o", "%F")
+    assert torch.load(checkpoint(tmp_path, 1), weights_only=True)["global_step"] < 4000

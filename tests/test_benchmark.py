@@ -1,0 +1,121 @@
+"""tools/benchmark.py: every cell runs once, through failures, interruptions and kills."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.common import ROOT
+
+spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+SMALL = "--env-id Pendulum-v1 --hidden-dim 16 --batch-size 16 --learning-starts 40 --eval-episodes 1 --device cpu"
+QUICK = f"sac_continuous.py {SMALL} --total-timesteps 60"
+LONG = f"sac_continuous.py {SMALL} --total-timesteps 3000 --checkpoint-frequency 100"
+
+
+def call(tmp_path, *commands, seeds=(1,), wait=True, **popen):
+    words = [sys.executable, ROOT / "tools" / "benchmark.py", "suite", "--folder", tmp_path, "--workers", "2"]
+    words += ["--seeds", *map(str, seeds), "--commands", *commands]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, **popen)
+    return (process.communicate(timeout=300)[1], process.returncode) if wait else process
+
+
+def cells(tmp_path):
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(tmp_path.glob("suite/*/status.json"))}
+
+
+def starts(tmp_path):
+    return [log.read_text().count("$ ") for log in sorted(tmp_path.glob("suite/*/log.txt"))]
+
+
+def checkpoints(tmp_path):
+    return [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("suite/*/runs/*/checkpoint.pt"))]
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def test_braces_stand_for_a_sweep():
+    assert benchmark.expand("x.py --a {1,2} --b {c,d}") == [f"x.py --a {a} --b {b}" for a in (1, 2) for b in "cd"]
+    assert benchmark.expand("x.py") == ["x.py"]
+
+
+def test_every_cell_runs_once(tmp_path):
+    grid = (QUICK.replace("--batch-size 16", "--batch-size {8,16}"),)
+    error, code = call(tmp_path, *grid, seeds=(1, 2))
+    assert code == 0 and "4 done" in error
+    assert [status["state"] for status in cells(tmp_path).values()] == ["done"] * 4
+    assert {(c["args"]["seed"], c["args"]["batch_size"]) for c in checkpoints(tmp_path)} == {
+        (seed, size) for seed in (1, 2) for size in (8, 16)
+    }
+    assert call(tmp_path, *grid, seeds=(1, 2))[1] == 0  # nothing is left to do
+    assert starts(tmp_path) == [1] * 4
+    assert call(tmp_path, *grid, seeds=(1, 2, 3))[1] == 0  # only the new seed
+    assert starts(tmp_path) == [1] * 6
+
+
+def test_failures_are_told_at_the_end_and_tried_again(tmp_path):
+    bad = f"sac_continuous.py {SMALL} --total-timesteps 60 --gamma 2"
+    error, code = call(tmp_path, bad, QUICK)
+    assert code == 1 and "failed with exit code 2" in error and "--gamma must lie in [0, 1]" in error
+    assert sorted(status["state"] for status in cells(tmp_path).values()) == ["done", "failed"]
+    assert call(tmp_path, bad, QUICK)[1] == 1
+    assert sorted(starts(tmp_path)) == [1, 2]
+    error, code = call(tmp_path, "nowhere.py")
+    assert code == 1 and "does not exist" in error
+
+
+def kill_tree(process):
+    """SIGKILL to the runner and to its trainings, as at a power cut."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("trainings_die_too", [True, False])
+def test_after_sigkill_a_second_call_finishes_the_grid(trainings_die_too, tmp_path):
+    process = call(tmp_path, LONG, QUICK, wait=False)
+    wait_for(lambda: list(tmp_path.glob("suite/*3000*/runs/*/checkpoint.pt")))
+    if trainings_die_too:
+        kill_tree(process)
+    else:
+        process.kill()
+        process.wait()
+    assert "running" in [status["state"] for status in cells(tmp_path).values()]
+    assert call(tmp_path, LONG, QUICK)[1] == 0
+    assert [status["state"] for status in cells(tmp_path).values()] == ["done"] * 2
+    assert sorted(c["global_step"] for c in checkpoints(tmp_path)) == [60, 3000]  # one run folder each
+    (log,) = tmp_path.glob("suite/*3000*/log.txt")
+    assert log.read_text().count("$ ") == 2 and "--resume" in log.read_text()
+
+
+def test_ctrl_c_leaves_checkpoints(tmp_path):
+    process = call(tmp_path, LONG, wait=False)
+    wait_for(lambda: list(tmp_path.glob("suite/*/runs/*/checkpoint.pt")))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    (status,) = cells(tmp_path).values()
+    assert status["state"] == "cut off" and status["code"] == 143
+    assert 100 <= checkpoints(tmp_path)[0]["global_step"] < 3000
+    assert call(tmp_path, LONG)[1] == 0
+    assert [c["global_step"] for c in checkpoints(tmp_path)] == [3000]
+
+
+def test_two_calls_share_the_cells(tmp_path):
+    first, second = (call(tmp_path, QUICK, seeds=(1, 2), wait=False) for _ in range(2))
+    assert first.wait(timeout=120) == 0 and second.wait(timeout=120) == 0
+    assert starts(tmp_path) == [1, 1]
