@@ -127,7 +127,7 @@ class Args:
     "standard deviation nu of the prior, before squashing"
     delta_first: float = 1.0
     "delta_K of the first denoising step; a geometric schedule leads to delta_1"
-    delta_last: float = 0.01
+    delta_last: float = 0.3
     "delta_1 of the last of several denoising steps; its noise has standard deviation nu sqrt(delta_1)"
     learn_delta: bool = True
     "learn delta_k for each step and action dimension, or keep the schedule"
@@ -307,9 +307,9 @@ class Actor(nn.Module):
         """Draw a chain a^K ... a^0, (batch, K + 1, action_dim), for each row of normalised obs (batch, obs_dim)."""
         noise = noise_scale * torch.randn(self.diffusion_steps + 1, len(obs), len(self.action_scale), device=obs.device)
         latents = [self.prior_std * noise[-1]]
-        for k in self.order[:, None].expand(-1, len(obs)):
+        for k, eps in zip(self.order[:, None].expand(-1, len(obs)), noise[:-1].flip(0), strict=True):
             mean, _, std = self.kernels(self.augment(obs, latents[-1], k), latents[-1], k)
-            latents.append(mean + std * noise[k[0] - 1])
+            latents.append(mean + std * eps)
         return torch.stack(latents, dim=1)
 
     def log_density(self, state, latent, next_latent, k):
@@ -490,13 +490,14 @@ def load_checkpoint(path):
 
 
 def restore_checkpoint(checkpoint, parts):
-    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep the learning rates they have."""
+    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep learning rate and mode."""
     try:
         for name, part in parts.items():
-            rates = [group["lr"] for group in getattr(part, "param_groups", [])]
+            groups = getattr(part, "param_groups", [])
+            kept = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
             part.load_state_dict(checkpoint[name])
-            for group, rate in zip(getattr(part, "param_groups", []), rates, strict=True):
-                group["lr"] = rate
+            for group, settings in zip(getattr(part, "param_groups", []), kept, strict=True):
+                group.update(settings)
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
 
@@ -593,7 +594,7 @@ def main(args: Args):
     return_scaler = ReturnScaler(args.num_envs, args.gamma).to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change
-    optimizer = torch.optim.Adam(parameters, lr=rate, eps=1e-5, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(parameters, lr=rate, eps=1e-5, fused=True, capturable=args.cuda_graph)
     parts = {"actor": actor, "critic": critic, "return_scaler": return_scaler, "optimizer": optimizer}
     parts |= {"random_state": RandomState(device)}
     if checkpoint:
@@ -694,7 +695,7 @@ def main(args: Args):
 
         check_finite(metrics, global_step, run_dir)
         returns, values = rows[-2:]
-        metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
+        metrics = metrics | {"losses/explained_variance": 1 - (returns - values).var() / (returns.var() + 1e-8)}
         metrics |= {f"diffusion/noise_std_{k}": std for k, std in enumerate(actor.std(), start=1)}
         metrics["diffusion/entropy_bound"] = -actor.sample(rollout.obs[-1])[1]
         for name, value in metrics.items():

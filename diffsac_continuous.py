@@ -430,13 +430,14 @@ def load_checkpoint(path):
 
 
 def restore_checkpoint(checkpoint, parts):
-    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep the learning rates they have."""
+    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep learning rate and mode."""
     try:
         for name, part in parts.items():
-            rates = [group["lr"] for group in getattr(part, "param_groups", [])]
+            groups = getattr(part, "param_groups", [])
+            kept = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
             part.load_state_dict(checkpoint[name])
-            for group, rate in zip(getattr(part, "param_groups", []), rates, strict=True):
-                group["lr"] = rate
+            for group, settings in zip(getattr(part, "param_groups", []), kept, strict=True):
+                group.update(settings)
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
 
@@ -535,7 +536,7 @@ def main(args: Args):
     target_entropy = args.target_entropy
     if target_entropy is None:  # -dim(A) is meant for actions in [-1, 1]; other units shift the entropy
         target_entropy = (actor.action_scale.log() - 1).sum().item()
-    adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
     q_optimizer = adam(qf.parameters(), lr=args.q_lr)
     alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)

@@ -410,13 +410,14 @@ def load_checkpoint(path):
 
 
 def restore_checkpoint(checkpoint, parts):
-    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep the learning rates they have."""
+    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep learning rate and mode."""
     try:
         for name, part in parts.items():
-            rates = [group["lr"] for group in getattr(part, "param_groups", [])]
+            groups = getattr(part, "param_groups", [])
+            kept = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
             part.load_state_dict(checkpoint[name])
-            for group, rate in zip(getattr(part, "param_groups", []), rates, strict=True):
-                group["lr"] = rate
+            for group, settings in zip(getattr(part, "param_groups", []), kept, strict=True):
+                group.update(settings)
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
 
@@ -513,7 +514,7 @@ def main(args: Args):
     return_scaler = ReturnScaler(args.num_envs, args.gamma).to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change
-    optimizer = torch.optim.Adam(parameters, lr=rate, eps=1e-5, fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(parameters, lr=rate, eps=1e-5, fused=True, capturable=args.cuda_graph)
     parts = {"actor": actor, "critic": critic, "return_scaler": return_scaler, "optimizer": optimizer}
     parts |= {"random_state": RandomState(device)}
     if checkpoint:
@@ -614,7 +615,7 @@ def main(args: Args):
 
         check_finite(metrics, global_step, run_dir)
         returns, values = rows[-2:]
-        metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
+        metrics = metrics | {"losses/explained_variance": 1 - (returns - values).var() / (returns.var() + 1e-8)}
         for name, value in metrics.items():
             writer.add_scalar(name, value.mean().item(), global_step)
         writer.add_scalar("charts/learning_rate", rate.item(), global_step)

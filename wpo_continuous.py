@@ -7,14 +7,14 @@ twin critics Q_i, their Polyak averages Q'_i, and b ~ pi(.|s), b' ~ pi(.|s') dra
     actor        E[ alpha log pi(b|s) - min_i Q_i(s, b) ] = alpha KL( pi(.|s) || exp(Q(s, .) / alpha) / Z(s) ) + const
     temperature  -E[ alpha ( log pi(b|s) + target entropy ) ]
 
-WPO descends the actor's loss by the steepest path in the 2-Wasserstein distance: each action flows with velocity v, and
-the flow of the density is projected on the parameters with the Fisher matrix F:
+WPO descends the actor's loss by the steepest path in the 2-Wasserstein distance, before squashing and with a penalty on
+the KL from the averaged policy: each action flows with velocity v, and this flow is projected on the parameters,
 
     flow         d pi / dt = -div_a( pi v ),   v(s, a) = grad_a [ min_i Q_i(s, a) - alpha log pi(a|s) ]            (W1)
     projection   d theta / dt = E[ F^-1 ( grad_theta grad_a log pi(a|s) ) v(s, a) ]                                (W2)
 
-alpha = 0 is the paper's WPO. With a diagonal Gaussian, F = diag(1 / sigma^2, 2 / sigma^2) makes (W2) the pathwise
-gradient, sample by sample: what it adds shows only with richer densities. See diffwpo_continuous.py for one.
+alpha = 0 is the paper's objective. With a diagonal Gaussian and F of (mean, std), (W2) is the pathwise gradient of Q,
+sample by sample: the update differs only for richer densities, as in diffwpo_continuous.py.
 
     python wpo_continuous.py --env-id HalfCheetah-v4
     python wpo_continuous.py --resume runs/<run>/checkpoint.pt
@@ -226,11 +226,11 @@ class ReplayBuffer:
 def n_step_transitions(window, gamma, obs, next_obs, actions, rewards, terminations, ended):
     """Add a step to `window`, a deque of the last n; yield what it completes, rows over n steps or up to an end."""
     window.append((obs, actions, 0 * rewards, 0 * rewards + 1, ended | True))
-    for i, (obs, actions, returns, discounts, going) in enumerate(window):
+    for i, (first_obs, first_actions, returns, discounts, going) in enumerate(window):
         returns += discounts * rewards
         done = going & (ended | (len(window) == window.maxlen + i))
         # terminations such that gamma (1 - terminations) is the discount over all these steps
-        yield obs[done], next_obs[done], actions[done], returns[done], (1 - discounts * ~terminations)[done]
+        yield first_obs[done], next_obs[done], first_actions[done], returns[done], (1 - discounts * ~terminations)[done]
         discounts *= gamma
         going &= ~ended
 
@@ -334,8 +334,8 @@ def policy_loss(actor, actor_target, qf, obs, alpha, args):
     velocity = torch.autograd.grad(value.sum(), noise, retain_graph=True)[0] / std.detach()  # DIFF: (W1) by eps
     noise, latent = noise.detach(), (mean + std * noise).detach()
     # the score is (m - a) / sigma^2: F^-1 times its derivatives by m and sigma is 1 and eps, as those of m + sigma eps
-    score = mean + std * noise if args.precondition else (mean - latent) / std.square()
-    return -(score * velocity).sum(-1).mean(), log_prob.detach(), kl  # DIFF: (W2)
+    surrogate = mean + std * noise if args.precondition else (mean - latent) / std.square()
+    return -(surrogate * velocity).sum(-1).mean(), log_prob.detach(), kl  # DIFF: (W2)
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
@@ -409,13 +409,14 @@ def load_checkpoint(path):
 
 
 def restore_checkpoint(checkpoint, parts):
-    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep the learning rates they have."""
+    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep learning rate and mode."""
     try:
         for name, part in parts.items():
-            rates = [group["lr"] for group in getattr(part, "param_groups", [])]
+            groups = getattr(part, "param_groups", [])
+            kept = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
             part.load_state_dict(checkpoint[name])
-            for group, rate in zip(getattr(part, "param_groups", []), rates, strict=True):
-                group["lr"] = rate
+            for group, settings in zip(getattr(part, "param_groups", []), kept, strict=True):
+                group.update(settings)
     except (KeyError, RuntimeError, ValueError) as error:
         fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
 
@@ -517,7 +518,7 @@ def main(args: Args):
     target_entropy = args.target_entropy
     if target_entropy is None:  # -dim(A) is meant for actions in [-1, 1]; other units shift the entropy
         target_entropy = (actor.action_scale.log() - 1).sum().item()
-    adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
     q_optimizer = adam(qf.parameters(), lr=args.q_lr)
     alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
