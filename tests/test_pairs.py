@@ -37,7 +37,7 @@ SHARED = {  # definitions, and methods, of the same text in both files of a pair
     check_finite""".split(),
 }
 FAMILY = """fail make_env RandomState evaluate save_checkpoint load_checkpoint restore_checkpoint make_run_dir
-check_finite""".split()  # of the same text in all scripts
+check_finite CudaGraph""".split()  # of the same text in all scripts
 MAIN_LINES = {  # changed lines of `main`, at most
     ("sac_continuous.py", "diffsac_continuous.py"): 2,
     ("ppo_continuous.py", "diffppo_continuous.py"): 8,

@@ -10,8 +10,10 @@ import time
 import numpy as np
 import pytest
 import torch
+import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dime
 from tests.common import OFF_POLICY, ON_POLICY, ROOT, SCRIPTS, WASSERSTEIN, make_actor, randomise, run_script
@@ -166,6 +168,39 @@ def test_compiled_update_is_the_eager_one(script, small, monkeypatch, tmp_path):
     for name, value in first["actor"].items():
         torch.testing.assert_close(second["actor"][name], value)
     torch._dynamo.reset()
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails at what a CUDA graph cannot capture: a tensor read by the host, or made from the host's numbers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return function(*args, **(kwargs or {}))
+
+
+def test_update_and_policy_are_free_of_host_reads(script, small, monkeypatch, tmp_path):
+    """What --cuda-graph captures, run on the CPU under a guard."""
+    guarded = []
+
+    def guard(function):
+        def call(*inputs):
+            guarded.append(function.__name__)
+            with NoHostReads():
+                return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr(script, "CudaGraph", guard)
+    monkeypatch.setattr(script, "fail", lambda message: None)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *a, **kwargs: adam(*a, **(kwargs | {"capturable": False})))
+    total = 20 if script in ON_POLICY else 44
+    args = tyro.cli(
+        script.Args, args=[*small, "--cuda-graph", "--env-id", "Pendulum-v1", "--total-timesteps", str(total)]
+    )
+    script.main(args)
+    assert guarded.count("update") >= 4 and len(set(guarded)) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

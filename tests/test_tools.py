@@ -33,6 +33,17 @@ def test_export_table_and_figure(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_export_thins_curves_to_one_value_in_an_interval(monkeypatch, tmp_path):
+    steps = [2048 * i for i in range(1, 16)]  # as an on-policy run logs
+    curves = {name: [(step, 0.5 * step) for step in steps] for name in ("eval/episodic_return", "losses/alpha")}
+    facts = {"env_id": "Some-v0", "exp_name": "ppo", "seed": "3"}
+    monkeypatch.setattr(plot, "read_events", lambda _: plot.Run(dict(facts), curves))
+    plot.export([tmp_path], to=tmp_path / "results", every=10_000)
+    run = plot.read_csv(tmp_path / "results" / "Some-v0" / "ppo__3.csv")
+    assert [step for step, _ in run.curves["losses/alpha"]] == [8192, 18432, 28672, 30720]
+    assert [step for step, _ in run.curves["eval/episodic_return"]] == steps
+
+
 def test_a_metric_that_no_file_has_is_refused(tmp_path):
     with pytest.raises(SystemExit):
         plot.figure([], to=tmp_path / "figure.png")

@@ -4,6 +4,7 @@ import copy
 import math
 from collections import deque
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import diffsac_continuous
 import diffwpo_continuous
 import sac_continuous
 import wpo_continuous
-from tests.common import WASSERSTEIN, actor_loss, make_actor, randomise
+from tests.common import ROOT, WASSERSTEIN, actor_loss, make_actor, randomise
 
 
 @pytest.fixture(autouse=True)
@@ -214,9 +215,7 @@ def test_diffusion_gradient_is_diffsacs_but_for_a_score_of_mean_zero(steps):
     other, obs, alpha = make_actor(diffsac_continuous, **flags), torch.randn(9, 3), 0.4
     other.load_state_dict(actor.state_dict())
     torch.manual_seed(5)
-    _, log_prob = actor_loss(diffwpo_continuous, actor, qf, obs, alpha)
-    torch.manual_seed(5)
-    loss, _ = actor_loss(diffwpo_continuous, actor, qf, obs, alpha)
+    loss, log_prob = actor_loss(diffwpo_continuous, actor, qf, obs, alpha)
     loss.backward()
     torch.manual_seed(5)
     loss, other_log_prob = diffsac_continuous.policy_loss(other, qf, obs, alpha)
@@ -366,22 +365,82 @@ def test_n_step_transitions_against_a_loop(script, n_step):
     np.testing.assert_allclose(sorted(made), sorted(expected))
 
 
+def run_main(script, monkeypatch, tmp_path, **flags):
+    """A short run of `main`; returns its checkpoint."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("sys.argv", ["script"])
+    args = script.Args(**(dict(env_id="Pendulum-v1", total_timesteps=90, learning_starts=40) | flags))
+    args.hidden_dim, args.batch_size, args.eval_episodes, args.progress = 16, 16, 1, False
+    script.main(args)
+    newest = max(tmp_path.glob("runs/*/checkpoint.pt"), key=lambda path: path.stat().st_mtime_ns)
+    return torch.load(newest, weights_only=True)
+
+
 @pytest.mark.parametrize("script", WASSERSTEIN)
 def test_learned_weights_of_the_trust_region_meet_the_bounds(script, monkeypatch, tmp_path):
     """--kl-bounds raises a weight while its KL is above the bound and lowers it below; fixed weights stand still."""
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.chdir(tmp_path)
-    seen = {}
+    flags = dict(kl_weights=(0.5, 0.25), policy_lr=1e-2)
+    weights = run_main(script, monkeypatch, tmp_path, **flags)["temperature"]["log_kl_weights"].exp()
+    torch.testing.assert_close(weights, torch.tensor([[0.5], [0.25]]))
+    checkpoint = run_main(script, monkeypatch, tmp_path, **flags, kl_bounds=(1e-9, 1e3))
+    weights = checkpoint["temperature"]["log_kl_weights"].exp()
+    assert weights[0, 0] > 0.5 and weights[1, 0] < 0.25
 
-    def run(**flags):
-        args = script.Args(env_id="Pendulum-v1", total_timesteps=90, learning_starts=40, progress=False, **flags)
-        args.hidden_dim, args.batch_size, args.eval_episodes, args.policy_lr = 16, 16, 1, 1e-2
-        monkeypatch.setattr("sys.argv", ["script"])
-        script.main(args)
-        newest = max(tmp_path.glob("runs/*/checkpoint.pt"), key=lambda path: path.stat().st_mtime_ns)
-        seen["weights"] = torch.load(newest, weights_only=True)["temperature"]["log_kl_weights"].exp()
 
-    run(kl_weights=(0.5, 0.25))
-    torch.testing.assert_close(seen["weights"], torch.tensor([[0.5], [0.25]]))
-    run(kl_weights=(0.5, 0.25), kl_bounds=(1e-9, 1e3))
-    assert seen["weights"][0, 0] > 0.5 and seen["weights"][1, 0] < 0.25
+@pytest.mark.parametrize("script", WASSERSTEIN)
+def test_a_heavy_trust_region_holds_the_policy(script, monkeypatch, tmp_path):
+    """Weights of 1e5 keep the actor by its average; without weights it walks away from it."""
+    distance = {}
+    for weight in (0.0, 1e5):
+        checkpoint = run_main(
+            script, monkeypatch, tmp_path, kl_weights=(weight, weight), policy_lr=1e-2, total_timesteps=200, tau=0.002
+        )
+        actors = []
+        for name in ("actor", "actor_target"):
+            env = gym.make("Pendulum-v1")
+            actors.append(script.Actor(env.observation_space, env.action_space, script.Args(hidden_dim=16)))
+            actors[-1].load_state_dict(checkpoint[name])
+        qf = script.SoftQNetwork(3, 1, 16)
+        kl = script.policy_loss(*actors, qf, torch.randn(500, 3), 0.1, script.Args())[2]
+        distance[weight] = kl.sum().item()
+    assert distance[1e5] < 0.02 * distance[0.0]
+
+
+@pytest.mark.parametrize("script", WASSERSTEIN)
+def test_averaged_policy_is_the_polyak_average(script, monkeypatch, tmp_path):
+    """After two updates target = (1 - tau) target + tau actor, from the first actor on."""
+    seen, loss = [], script.policy_loss
+
+    def spy(actor, actor_target, *arguments):
+        seen.append([{k: v.clone() for k, v in x.state_dict().items()} for x in (actor, actor_target)])
+        return loss(actor, actor_target, *arguments)
+
+    monkeypatch.setattr(script, "policy_loss", spy)
+    checkpoint = run_main(script, monkeypatch, tmp_path, total_timesteps=42, tau=0.25)
+    (first, target), (second, later) = seen
+    for name in first:
+        torch.testing.assert_close(target[name], first[name])
+        torch.testing.assert_close(later[name], 0.75 * first[name] + 0.25 * second[name])
+        torch.testing.assert_close(
+            checkpoint["actor_target"][name], 0.75 * later[name] + 0.25 * checkpoint["actor"][name]
+        )
+
+
+@pytest.mark.parametrize("script", WASSERSTEIN)
+def test_replay_of_n_steps_in_a_run(script, monkeypatch, tmp_path):
+    """The scripted environment counts its steps and pays the count: sums over 3 steps, cut at both kinds of ends."""
+    flags = dict(env_id="tests.scripted_env:Scripted-v0", num_envs=2, n_step=3, gamma=0.5, total_timesteps=160)
+    data = run_main(script, monkeypatch, tmp_path, **flags)["buffer"]["data"]
+    obs, next_obs, _, rewards, terminations = (x.numpy() for x in data)
+    first, last = obs[:, 1], next_obs[:, 1]
+    odd = obs[:, 0] % 2 == 1  # odd episodes end in a terminal state after 3 steps, even ones are cut off after 5
+    np.testing.assert_array_equal(next_obs[:, 0], obs[:, 0])
+    np.testing.assert_array_equal(last, np.minimum(first + 3, np.where(odd, 3, 5)))
+    steps = (last - first).astype(int)
+    assert set(steps) == {1, 2, 3}
+    expected = [sum(0.5**i * (a + 1 + i) for i in range(n)) for a, n in zip(first, steps, strict=True)]
+    np.testing.assert_allclose(rewards, expected)
+    discount = np.where(odd & (last == 3), 0, 0.5**steps)
+    np.testing.assert_allclose(0.5 * (1 - terminations), discount)

@@ -80,7 +80,8 @@ def export(runs: Annotated[list[Path], tyro.conf.Positional], to: Path = Path("r
         run = read_events(run_dir)
         for name, curve in run.curves.items():
             if not name.startswith(("eval/", "charts/episodic")):
-                run.curves[name] = [point for point in curve if point[0] % every == 0]
+                newest = {-(-step // every): (step, value) for step, value in curve}  # the last of each interval
+                run.curves[name] = list(newest.values())
         env_id = re.sub(r"[^\w.-]", "-", run.facts["env_id"])
         path = to / env_id / f"{run.facts['exp_name']}__{run.facts['seed']}.csv"
         write_csv(run, path)
