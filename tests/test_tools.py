@@ -1,11 +1,14 @@
-"""tools/plot.py: what a run logged arrives unchanged in csv, table and figure."""
+"""tools/plot.py: what a run logged arrives unchanged in csv, table and figure. tools/enjoy.py: returns of a policy."""
+
+import json
 
 import numpy as np
 import pytest
+import torch
 
 import sac_continuous
-from tests.common import run_script
-from tools import plot
+from tests.common import SCRIPTS, make_actor, randomise, run_script
+from tools import enjoy, plot
 
 FLAGS = "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 40 --hidden-dim 16 --eval-episodes 2".split()
 
@@ -44,7 +47,88 @@ def test_export_thins_curves_to_one_value_in_an_interval(monkeypatch, tmp_path):
     assert [step for step, _ in run.curves["eval/episodic_return"]] == steps
 
 
+def a_run(tmp_path, name, seed, values, speed=60.0, **facts):
+    """A csv with evaluations after 600, 1200, ... steps, at `speed` steps per second: 10 seconds apart by default."""
+    steps = [600 * (i + 1) for i in range(len(values))]
+    curves = {"eval/episodic_return": list(zip(steps, values, strict=True))}
+    curves["charts/SPS"] = [(step, speed) for step in steps]
+    facts = {"env_id": "Some-v0", "exp_name": name, "seed": str(seed)} | {k: str(v) for k, v in facts.items()}
+    path = tmp_path / f"{name}__{seed}__{len(list(tmp_path.glob('*.csv')))}.csv"
+    plot.write_csv(plot.Run(facts, curves), path)
+    return path
+
+
+def test_interquartile_mean_and_its_interval():
+    values = np.array([[0.0], [1.0], [2.0], [100.0]])
+    centre, low, high = plot.summary(values, "iqm")
+    assert centre[0] == 1.5 and 0 <= low[0] < 1.5 < high[0] <= 100
+    assert plot.summary(np.full((4, 3), 7.0), "iqm")[1].tolist() == [7.0] * 3
+    mean, low, high = plot.summary(values, "mean")
+    assert mean[0] == 25.75 and high[0] - mean[0] == pytest.approx(values.std()) == mean[0] - low[0]
+
+
+def test_time_to_return(tmp_path):
+    run = plot.read_csv(a_run(tmp_path, "sac_continuous", 1, [10.0, 50.0, 40.0, 80.0], speed=30.0))
+    minutes = plot.times_to(run, [5.0, 50.0, 60.0, 90.0], "eval/episodic_return")
+    np.testing.assert_allclose(minutes, [20 / 60, 40 / 60, 80 / 60, np.inf])
+
+
+def test_figures_of_all_kinds(tmp_path, monkeypatch):
+    files = [
+        a_run(tmp_path, "diffsac_continuous", s, [1.0, 2.0 * k + s], diffusion_steps=k) for k in (1, 4) for s in (1, 2)
+    ]
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda fig, to: drawn.append(fig))
+    plot.ablation(files, to=tmp_path / "k.png")
+    bars = drawn[-1].axes[0].containers[0]
+    np.testing.assert_allclose(bars[0].get_xydata(), [[1, 3.5], [4, 9.5]])
+    files = [
+        a_run(tmp_path, "sac_continuous", 1, [1.0, 9.0]),
+        a_run(tmp_path, "diffsac_continuous", 1, [1.0, 9.0], speed=30.0),
+    ]
+    plot.reach(files, to=tmp_path / "time.png", levels=2)
+    lines = {line.get_label(): line.get_xydata() for line in drawn[-1].axes[0].lines}
+    np.testing.assert_allclose(lines["sac (1 seed)"], [[10 / 60, 1], [20 / 60, 9]])
+    np.testing.assert_allclose(lines["diffsac (1 seed)"], [[20 / 60, 1], [40 / 60, 9]])
+    plot.figure(files, to=tmp_path / "iqm.png", stat="iqm")
+    assert len(drawn[-1].axes[0].lines) == 4
+    for draw in (plot.ablation, plot.reach):
+        with pytest.raises(SystemExit, match="none of the files"):
+            draw([], to=tmp_path / "none.png")
+
+
 def test_a_metric_that_no_file_has_is_refused(tmp_path):
     with pytest.raises(SystemExit):
         plot.figure([], to=tmp_path / "figure.png")
     assert not (tmp_path / "figure.png").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_enjoy_evaluates_a_checkpoint_of_any_script(script, monkeypatch, tmp_path, capsys):
+    """The scripted environment pays 1 + 2 + 3 + 4 + 5 in its first episode, whatever the policy does."""
+    monkeypatch.chdir(tmp_path)
+    actor = make_actor(script, 2, hidden_dim=16)
+    args = script.Args(env_id="tests.scripted_env:Scripted-v0", hidden_dim=16)
+    script.save_checkpoint(tmp_path / "checkpoint.pt", args, {"actor": actor}, global_step=7)
+    for mean_action in (False, True):
+        enjoy.main(enjoy.Args(tmp_path / "checkpoint.pt", episodes=1, mean_action=mean_action))
+        out = json.loads(capsys.readouterr().out)
+        assert (out["mean_return"], out["lengths"], out["global_step"]) == (15.0, [5], 7)
+        assert out["mean_action"] is mean_action
+
+
+def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, capsys):
+    """An environment that pays the action, 20 times: the mean action of a known actor."""
+    monkeypatch.chdir(tmp_path)
+    actor = make_actor(sac_continuous, 1, hidden_dim=16)
+    randomise(actor, 0.0)
+    with torch.no_grad():
+        actor.fc_mean.weight.zero_()
+        actor.fc_mean.bias.fill_(0.5)
+    args = sac_continuous.Args(env_id="tests.scripted_env:PaysTheAction-v0", hidden_dim=16)
+    sac_continuous.save_checkpoint(tmp_path / "checkpoint.pt", args, {"actor": actor}, global_step=0)
+    enjoy.main(enjoy.Args(tmp_path / "checkpoint.pt", episodes=2, mean_action=True))
+    assert json.loads(capsys.readouterr().out)["returns"] == pytest.approx([20 * np.tanh(0.5)] * 2, rel=1e-5)
+    (tmp_path / "garbage.pt").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        enjoy.main(enjoy.Args(tmp_path / "garbage.pt"))

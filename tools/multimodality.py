@@ -16,7 +16,6 @@ q is the density of the actions for a Gaussian policy; a diffusion policy has it
 weights instead: log w = sum R / alpha - sum of the path log-ratios, which leaves the mean of w what it is.
 """
 
-import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toys  # noqa: E402
+from tools.enjoy import load_actor  # noqa: E402
 
 STEPS = 100
 CELLS = {"TurningDoubleWell-v0": 40, "TurningGMM-v0": 100}  # of the histograms
@@ -49,20 +49,15 @@ class Policy:
 
 def load_policy(path):
     """Load the actor of any script's checkpoint; refuses what was not trained on toys/."""
-    script = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
-    module = importlib.import_module(script)
-    checkpoint = module.load_checkpoint(path)
+    actor, checkpoint = load_actor(path)
     args = checkpoint["args"]
     if not args.env_id.startswith("toys:"):
         sys.exit(f"error: {path} is of {args.env_id}, not of an environment in toys/")
-    env = gym.make(args.env_id)
-    actor = module.Actor(env.observation_space, env.action_space, args)
-    actor.load_state_dict(checkpoint["actor"])
     alpha = args.alpha
     if getattr(args, "autotune", False):
         alpha = checkpoint["temperature"]["log_alpha"].exp().item()
-    name = f"{script.removesuffix('_continuous')}, seed {args.seed}"
-    return Policy(name, actor, args, env.unwrapped, alpha)
+    name = f"{checkpoint['script'].removesuffix('_continuous')}, seed {args.seed}"
+    return Policy(name, actor, args, gym.make(args.env_id).unwrapped, alpha)
 
 
 @torch.no_grad()

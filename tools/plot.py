@@ -3,8 +3,11 @@
     python tools/plot.py export runs/* --to results      one csv per run: curves, arguments, versions, commit, command
     python tools/plot.py figure results/HalfCheetah-v4/*.csv --to docs/images/halfcheetah.png
     python tools/plot.py table results/*/*.csv           final and best evaluation, as Markdown
+    python tools/plot.py ablation results/Humanoid-v4/*.csv --to docs/images/k.png     final return against an argument
+    python tools/plot.py reach results/HalfCheetah-v4/*.csv --to docs/images/time.png  wall-clock time to reach a return
 
-A curve is `eval/episodic_return` unless --metric names another. The band is one standard deviation over the seeds.
+A curve is `eval/episodic_return` unless --metric names another. The band is one standard deviation over the seeds, or,
+with --stat iqm, a bootstrap interval of 95 % around the interquartile mean.
 """
 
 import csv
@@ -14,24 +17,19 @@ from collections import defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter
+from scipy.stats import trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 METRICS = re.compile(r"(eval/.*|charts/.*|losses/(alpha|entropy|qf_values|approx_kl)|diffusion/.*)")
-COLOURS = [
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-]  # Okabe and Ito: colour-blind safe
+# Okabe and Ito: colour-blind safe
+COLOURS = {"sac": "#0072B2", "diffsac": "#D55E00", "wpo": "#56B4E9", "diffwpo": "#E69F00", "dime": "#000000"}
+COLOURS |= {"ppo": "#009E73", "diffppo": "#CC79A7"}
 
 
 @dataclass
@@ -98,33 +96,137 @@ def by_algorithm(files, metric):
     return dict(sorted(groups.items()))
 
 
-def figure(files: Annotated[list[Path], tyro.conf.Positional], to: Path, metric: str = "eval/episodic_return") -> None:
-    """Draw mean and standard deviation over the seeds, and each seed as a thin line; one panel per environment."""
+def colours(names):
+    """{experiment: colour}: the script's own, others in turn."""
+    rest = iter(3 * ["#999999", "#882255", "#44AA99", "#DDCC77"])
+    return {name: COLOURS.get(name.removesuffix("_continuous")) or next(rest) for name in sorted(set(names))}
+
+
+def summary(values, stat, resamples=2000):
+    """Centre and band, each (points,), of values (seeds, points): mean and standard deviation, or IQM and interval."""
+    if stat == "mean":
+        return values.mean(0), values.mean(0) - values.std(0), values.mean(0) + values.std(0)
+    random = np.random.default_rng(0)
+    drawn = trim_mean(values[random.integers(len(values), size=(resamples, len(values)))], 0.25, axis=1)
+    return trim_mean(values, 0.25, axis=0), *np.quantile(drawn, (0.025, 0.975), axis=0)
+
+
+def panels(env_ids):
+    """A figure with one axis for each environment."""
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    fig, axes = plt.subplots(1, len(env_ids), figsize=(5.2 * len(env_ids), 3.6), squeeze=False, layout="constrained")
+    return fig, axes[0]
+
+
+def save(fig, to):
+    """Write a figure, with the folders on the way."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(to, dpi=150)
+    plt.close(fig)
+
+
+def label(name, seeds):
+    """Name of an experiment in a legend."""
+    return f"{name.removesuffix('_continuous')} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+
+
+def figure(
+    files: Annotated[list[Path], tyro.conf.Positional],
+    to: Path,
+    metric: str = "eval/episodic_return",
+    stat: Literal["mean", "iqm"] = "mean",
+) -> None:
+    """Draw learning curves over the seeds, each seed as a thin line too; one panel per environment."""
     groups = by_algorithm(files, metric)
     if not groups:
         raise SystemExit(f"error: none of the files has {metric}")
     env_ids = sorted({env_id for env_id, _ in groups})
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sorted({name for _, name in groups}))}
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(1, len(env_ids), figsize=(5.2 * len(env_ids), 3.6), squeeze=False, layout="constrained")
-    for axis, env_id in zip(axes[0], env_ids, strict=True):
+    colour = colours(name for _, name in groups)
+    fig, axes = panels(env_ids)
+    for axis, env_id in zip(axes, env_ids, strict=True):
         for (group_env, name), seeds in groups.items():
             if group_env != env_id:
                 continue
             steps = sorted(set.intersection(*(set(curve[0]) for curve in seeds.values())))
             values = np.array([[dict(zip(*curve, strict=True))[step] for step in steps] for curve in seeds.values()])
-            label = f"{name.removesuffix('_continuous')} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-            axis.plot(steps, values.mean(0), color=colour[name], linewidth=2, label=label)
-            axis.fill_between(
-                steps, *(values.mean(0) + s * values.std(0) for s in (-1, 1)), color=colour[name], alpha=0.15
-            )
+            centre, low, high = summary(values, stat)
+            axis.plot(steps, centre, color=colour[name], linewidth=2, label=label(name, seeds))
+            axis.fill_between(steps, low, high, color=colour[name], alpha=0.15, linewidth=0)
             for row in values:
                 axis.plot(steps, row, color=colour[name], linewidth=0.6, alpha=0.6)
         axis.set(title=env_id, xlabel="environment steps", ylabel=metric.split("/")[1].replace("_", " "))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.legend(frameon=False)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(to, dpi=150)
+    save(fig, to)
+
+
+def ablation(
+    files: Annotated[list[Path], tyro.conf.Positional],
+    to: Path,
+    argument: str = "diffusion_steps",
+    metric: str = "eval/episodic_return",
+) -> None:
+    """Draw the last evaluation against an argument of the runs, on a scale of powers of two: mean, std, each seed."""
+    points = defaultdict(lambda: defaultdict(list))
+    for path in files:
+        run = read_csv(path)
+        if metric in run.curves and argument in run.facts:
+            key = run.facts["env_id"], run.facts["exp_name"]
+            points[key][float(run.facts[argument])].append(run.curves[metric][-1][1])
+    if not points:
+        raise SystemExit(f"error: none of the files has {metric} and {argument}")
+    env_ids = sorted({env_id for env_id, _ in points})
+    colour = colours(name for _, name in points)
+    fig, axes = panels(env_ids)
+    for (env_id, name), finals in sorted(points.items()):
+        axis = axes[env_ids.index(env_id)]
+        x = sorted(finals)
+        mean, std = (np.array([f(finals[value]) for value in x]) for f in (np.mean, np.std))
+        axis.errorbar(x, mean, std, color=colour[name], marker="o", capsize=3, label=name.removesuffix("_continuous"))
+        for value in x:
+            axis.plot([value] * len(finals[value]), finals[value], ".", color=colour[name], alpha=0.5)
+        axis.set_xscale("log", base=2)
+        axis.set(
+            title=env_id, xlabel=argument.replace("_", " "), ylabel="final " + metric.split("/")[1].replace("_", " ")
+        )
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.legend(frameon=False)
+    save(fig, to)
+
+
+def times_to(run, levels, metric):
+    """Minutes until a run first evaluates at each level, by its own steps per second; infinite where it never does."""
+    steps, values = np.array(run.curves[metric]).T
+    speed_steps, speeds = np.array(run.curves["charts/SPS"]).T
+    minutes = steps / np.interp(steps, speed_steps, speeds) / 60
+    best = np.maximum.accumulate(values)
+    return np.array([minutes[np.argmax(best >= level)] if best[-1] >= level else np.inf for level in levels])
+
+
+def reach(
+    files: Annotated[list[Path], tyro.conf.Positional], to: Path, metric: str = "eval/episodic_return", levels: int = 40
+) -> None:
+    """Draw the median wall-clock time over the seeds to reach a return, as far as more than half of them reach it."""
+    groups = defaultdict(list)
+    for path in files:
+        run = read_csv(path)
+        if metric in run.curves and "charts/SPS" in run.curves:
+            groups[run.facts["env_id"], run.facts["exp_name"]].append(run)
+    if not groups:
+        raise SystemExit(f"error: none of the files has {metric} and charts/SPS")
+    env_ids = sorted({env_id for env_id, _ in groups})
+    colour = colours(name for _, name in groups)
+    fig, axes = panels(env_ids)
+    for axis, env_id in zip(axes, env_ids, strict=True):
+        here = {name: runs for (group_env, name), runs in sorted(groups.items()) if group_env == env_id}
+        values = [value for runs in here.values() for run in runs for _, value in run.curves[metric]]
+        grid = np.linspace(min(values), max(values), levels)
+        for name, runs in here.items():
+            median = np.median([times_to(run, grid, metric) for run in runs], axis=0)
+            axis.plot(median, grid, color=colour[name], linewidth=2, label=label(name, runs))
+        axis.set(title=env_id, xlabel="minutes to reach it", ylabel=metric.split("/")[1].replace("_", " "))
+        axis.legend(frameon=False)
+    save(fig, to)
 
 
 def table(files: Annotated[list[Path], tyro.conf.Positional], metric: str = "eval/episodic_return") -> None:
@@ -139,4 +241,6 @@ def table(files: Annotated[list[Path], tyro.conf.Positional], metric: str = "eva
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"export": export, "figure": figure, "table": table})
+    tyro.extras.subcommand_cli_from_dict(
+        {"export": export, "figure": figure, "table": table, "ablation": ablation, "reach": reach}
+    )
