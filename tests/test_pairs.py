@@ -2,11 +2,13 @@
 
 import ast
 import difflib
+import html
 import subprocess
 
 import pytest
 
 from tests.common import ROOT, SCRIPTS
+from tools import diffs
 
 BUDGETS = {  # lines removed, lines added
     ("sac_continuous.py", "diffsac_continuous.py"): (25, 100),
@@ -92,3 +94,24 @@ def test_changed_method_lines_name_their_equation(pair):
 def test_the_family_shares_its_frame():
     texts = [definitions(f"{script.__name__}.py") for script in SCRIPTS]
     assert [name for name in FAMILY if len({text[name] for text in texts}) > 1] == []
+
+
+def test_pages_of_the_diffs_show_the_scripts_as_they_are():
+    assert {edge[:2] for edge in diffs.EDGES} == set(BUDGETS)
+    stale = [name for name, text in diffs.pages().items() if (ROOT / "docs" / "diffs" / name).read_text() != text]
+    assert stale == [], "run tools/diffs.py"
+
+
+@pytest.mark.parametrize("pair", BUDGETS)
+def test_side_by_side_rows_hold_both_files_whole(pair):
+    rows = diffs.side_by_side(*pair)
+    for file, number, text, mark in ((pair[0], 0, 1, "del"), (pair[1], 3, 4, "ins")):
+        lines = (ROOT / file).read_text().splitlines()
+        here = [row for row in rows if row[number]]
+        assert [row[number] for row in here] == list(range(1, len(lines) + 1))
+        plain = [html.unescape(row[text].replace(f"<{mark}>", "").replace(f"</{mark}>", "")) for row in here]
+        assert plain == lines
+    out = subprocess.run(
+        ["git", "diff", "--no-index", "--numstat", *(ROOT / file for file in pair)], capture_output=True, text=True
+    ).stdout.split()
+    assert [str(sum(row[k] == kind for row in rows)) for k, kind in ((5, "ins"), (2, "del"))] == out[:2]
