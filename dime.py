@@ -392,7 +392,7 @@ class Actor(nn.Module):
 def project(probs, values, atoms):
     """Move probabilities at values, both (batch, num_atoms), to the atoms: split between two, outside to the ends."""
     position = (values.clamp(atoms[0], atoms[-1]) - atoms[0]) / (atoms[1] - atoms[0])
-    lower = position.floor().clamp(0, len(atoms) - 2)
+    lower = position.nan_to_num().floor().clamp(0, len(atoms) - 2)  # not a number stays one in `share`
     share = position - lower
     projected = torch.zeros_like(probs).scatter_add_(1, lower.long(), probs * (1 - share))
     return projected.scatter_add_(1, lower.long() + 1, probs * share)
