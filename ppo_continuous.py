@@ -390,11 +390,15 @@ def save_checkpoint(path, args, parts, **values):
     """
     checkpoint = {"script": Path(__file__).stem, "args": asdict(args), **values}
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint | {name: part.state_dict() for name, part in parts.items()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint | {name: part.state_dict() for name, part in parts.items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk, above all; an older checkpoint is left alone
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"error: cannot write the checkpoint {path} ({' '.join(str(error).split())})")
 
 
 def load_checkpoint(path):
