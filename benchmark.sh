@@ -1,7 +1,7 @@
 #!/bin/sh
 # ./benchmark.sh SUITE [options of tools/benchmark.py], from the folder of the repository:
 #
-#   ./benchmark.sh quick                                       all scripts on Pendulum-v1, under an hour on two cores
+#   ./benchmark.sh quick                                       all scripts on Pendulum-v1, three seeds
 #   ./benchmark.sh mujoco --workers 8                          each diffusion script against its twin, and DIME
 #   ./benchmark.sh mujoco --slurm --slurm-args "--time=24:00:00 --partition=gpu --gres=gpu:1"
 #   ./benchmark.sh diffusion-steps                             K = 1 ... 16 on Humanoid-v4

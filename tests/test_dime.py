@@ -36,6 +36,25 @@ def test_batch_renorm_worked_example():
     torch.testing.assert_close(norm(x, train=False)[0], plain)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_batch_renorm_scales_and_shifts_after_the_correction(warm):
+    """weight ((x - m) / s r + d) + bias as the paper writes it, and by the running statistics in evaluation."""
+    torch.manual_seed(0)
+    norm = dime.BatchRenorm(3, warmup=0 if warm else 10)
+    with torch.no_grad():
+        for values in (norm.weight, norm.bias, norm.mean):
+            values.copy_(torch.randn(2, 1, 3))
+        norm.var.copy_(0.5 + torch.rand(2, 1, 3))
+    x = 2 * torch.randn(2, 50, 3) + 1
+    running_mean, running_std = norm.mean.clone(), (norm.var.clone() + norm.eps).sqrt()
+    expected = norm.weight * (x - running_mean) / running_std + norm.bias
+    torch.testing.assert_close(norm(x, train=False), expected)
+    mean, std = x.mean(1, keepdim=True), (x.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    r = (std / running_std).clamp(1 / 3, 3) if warm else 1.0
+    d = ((mean - running_mean) / running_std).clamp(-5, 5) if warm else 0.0
+    torch.testing.assert_close(norm(x, train=True), norm.weight * ((x - mean) / std * r + d) + norm.bias)
+
+
 def test_batch_renorm_warms_up_as_plain_batch_normalisation():
     norm, x = dime.BatchRenorm(3, warmup=2), torch.randn(2, 50, 3) * 4 + 7
     plain = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-3).sqrt()
