@@ -304,8 +304,8 @@ class Actor(nn.Module):
         k = torch.arange(1, self.diffusion_steps + 1)
         position = (self.diffusion_steps - k) / max(self.diffusion_steps - 1, 1)  # 0 at step K, 1 at step 1
         delta = args.delta_first * (args.delta_last / args.delta_first) ** position
-        logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
-        self.delta_logit = nn.Parameter(logit[:, None].repeat(1, action_dim), args.learn_delta and args.precondition)
+        logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))[:, None].repeat(1, action_dim)
+        self.delta_logit = nn.Parameter(logit) if args.learn_delta and args.precondition else nn.Buffer(logit)
         angle = k[:, None] * 100 ** -torch.linspace(0, 1, 16)
         self.register_buffer("step_embedding", torch.cat((angle.sin(), angle.cos()), dim=1))
         # the first layer on (obs, embedding of k, a^k), cut into three: only the last part is inside the loop over k
@@ -658,6 +658,7 @@ def main(args: Args):
     def checkpoint_now():
         parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
         check_finite(metrics | parameters, global_step, run_dir)
+        writer.flush()  # a checkpoint is never ahead of the curves
         save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step, updates_due=updates_due)
 
     def due(frequency):

@@ -653,6 +653,7 @@ def main(args: Args):
     def checkpoint_now():
         parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
         check_finite(metrics | parameters, global_step, run_dir)
+        writer.flush()  # a checkpoint is never ahead of the curves
         save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step, updates_due=updates_due)
 
     def due(frequency):

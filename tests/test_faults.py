@@ -1,5 +1,6 @@
 """What a user's machine does to a run, over all scripts: broken files, full disks, environments that misbehave."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -9,6 +10,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import dime
 import ppo_continuous
@@ -27,9 +30,8 @@ def script(request):
     return request.param
 
 
-@pytest.fixture
-def flags(script):
-    """A run of some seconds with a checkpoint every 20 steps."""
+def run_flags(script):
+    """Flags of a run of some seconds with a checkpoint every 20 steps."""
     words = "--hidden-dim 16 --eval-episodes 1 --eval-frequency 0 --no-progress --device cpu --checkpoint-frequency 20"
     if script in ON_POLICY:
         words += " --num-envs 2 --num-steps 10 --num-minibatches 2 --update-epochs 1"
@@ -38,6 +40,11 @@ def flags(script):
     if "diff" in script.__name__ or script is dime:
         words += " --diffusion-steps 2"
     return [*words.split(), *(["--critic-dim", "16", "--v-max", "50"] if script is dime else [])]
+
+
+@pytest.fixture
+def flags(script):
+    return run_flags(script)
 
 
 def checkpoints(tmp_path):
@@ -99,6 +106,29 @@ def test_full_disk_leaves_the_last_checkpoint(script, flags, tmp_path):
     assert run.returncode == 1
     assert "error: cannot write the checkpoint" in run.stderr and "Traceback" not in run.stderr
     assert good.read_bytes() == before and not list(tmp_path.glob("runs/*/*.tmp"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_full_disk_under_the_curves_leaves_the_last_checkpoint(script, flags, monkeypatch, tmp_path):
+    """Event files are written by a thread; the run must stop all the same, and later go on without a gap."""
+    command = ["--env-id", "Pendulum-v1", *flags, "--checkpoint-frequency", 100]
+    assert run_script(monkeypatch, script, *command, "--total-timesteps", 200) == 0
+    (good,) = checkpoints(tmp_path)
+    before = good.read_bytes()
+
+    def full(writer, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 1000)
+    assert good.read_bytes() == before
+    assert run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 400) == 0
+    events = EventAccumulator(str(good.parent), size_guidance={"scalars": 0})
+    events.Reload()
+    logged = 20 if script in ON_POLICY else 100
+    assert [event.step for event in events.Scalars("charts/SPS")] == list(range(logged, 401, logged))
 
 
 class Misbehaves(gym.Env):
