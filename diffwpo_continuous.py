@@ -161,6 +161,8 @@ class Args:
             raise ValueError("--alpha must be positive, or fixed with --no-autotune")
         if not all(0 <= value < math.inf for value in (*self.kl_weights, *(self.kl_bounds or ()))):
             raise ValueError("--kl-weights and --kl-bounds must be at least 0")
+        if not math.isfinite(self.target_entropy or 0):
+            raise ValueError(f"--target-entropy must be finite, not {self.target_entropy}")
         if self.seed >= 2**32:
             raise ValueError(f"--seed must be below 2**32, not {self.seed}")
         if not (0 <= self.gamma <= 1 and 0 < self.tau <= 1):

@@ -142,6 +142,8 @@ class Args:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.autotune and self.alpha == 0:
             raise ValueError("--alpha must be positive, or fixed with --no-autotune")
+        if not math.isfinite(self.target_entropy or 0):
+            raise ValueError(f"--target-entropy must be finite, not {self.target_entropy}")
         if self.seed >= 2**32:
             raise ValueError(f"--seed must be below 2**32, not {self.seed}")
         if not 0 <= self.gamma <= 1:

@@ -569,6 +569,7 @@ BAD_OFF_POLICY = {
     "no batch": "--batch-size 0",
     "negative size": "--buffer-size -5",
     "not a number": "--policy-lr nan",
+    "infinite entropy": "--target-entropy inf",
 }
 BAD_ON_POLICY = {
     "no steps": "--num-steps 0",
