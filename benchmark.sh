@@ -19,13 +19,14 @@ run() { python tools/benchmark.py "$suite" "$@"; }
 case $suite in
 quick)
     off="--env-id Pendulum-v1 --total-timesteps 20000 --learning-starts 1000 --eval-frequency 2000 --checkpoint-frequency 5000"
+    off="$off --hidden-dim 128"
     on="--env-id Pendulum-v1 --total-timesteps 300000 --eval-frequency 25000 --gamma 0.9 --learning-rate 0.001"
     run --seeds 1 2 3 "$@" --commands \
         "sac_continuous.py $off" \
         "diffsac_continuous.py $off --diffusion-steps 4" \
         "wpo_continuous.py $off" \
         "diffwpo_continuous.py $off --diffusion-steps 4" \
-        "dime.py $off --diffusion-steps 4 --critic-dim 128 --hidden-dim 128" \
+        "dime.py $off --diffusion-steps 4 --critic-dim 128" \
         "ppo_continuous.py $on" \
         "diffppo_continuous.py $on --diffusion-steps 4"
     ;;

@@ -127,7 +127,7 @@ class Args:
     "standard deviation nu of the prior, before squashing"
     delta_first: float = 1.0
     "delta_K of the first denoising step; a geometric schedule leads to delta_1"
-    delta_last: float = 0.3
+    delta_last: float = 0.01
     "delta_1 of the last of several denoising steps; its noise has standard deviation nu sqrt(delta_1)"
     learn_delta: bool = True
     "learn delta_k for each step and action dimension, or keep the schedule"
