@@ -10,8 +10,9 @@ import time
 
 import pytest
 import torch
+import tyro
 
-from tests.common import ROOT
+from tests.common import ROOT, SCRIPTS
 
 spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
 benchmark = importlib.util.module_from_spec(spec)
@@ -119,3 +120,25 @@ def test_two_calls_share_the_cells(tmp_path):
     first, second = (call(tmp_path, QUICK, seeds=(1, 2), wait=False) for _ in range(2))
     assert first.wait(timeout=120) == 0 and second.wait(timeout=120) == 0
     assert starts(tmp_path) == [1, 1]
+
+
+@pytest.mark.parametrize("suite,cells", [("quick", 7), ("mujoco", 35), ("diffusion-steps", 15), ("toy", 14)])
+def test_suites_are_commands_that_the_scripts_accept(suite, cells, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")  # prints what the suite would run
+    python.chmod(0o755)
+    words = subprocess.run(
+        [ROOT / "benchmark.sh", suite, "--workers", "3"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert words[:2] == ["tools/benchmark.py", suite] and words[words.index("--workers") + 1] == "3"
+    commands = [cell for command in words[words.index("--commands") + 1 :] for cell in benchmark.expand(command)]
+    assert len(set(commands)) == len(commands) == cells
+    scripts = {script.__name__: script for script in SCRIPTS}
+    for command in commands:
+        name, *flags = command.split()
+        args = tyro.cli(scripts[name.removesuffix(".py")].Args, args=flags)
+        assert args.env_id in command and str(args.total_timesteps) in command

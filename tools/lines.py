@@ -55,10 +55,9 @@ def main():
     for package in ("stable_baselines3", "sbx"):
         importlib.import_module(package)  # what only runs at the import does not count
         for name in ("SAC", "PPO"):
-            own = ("/stable_baselines3/", "/sbx/")  # sbx builds on the other
             files, lines = count(
                 lambda package=package, name=name: train_library(package, name),
-                lambda file: any(f"site-packages{folder}" in file for folder in own),
+                lambda file: any(f"site-packages/{own}/" in file for own in ("stable_baselines3", "sbx")),
             )
             print(f"| {package}, {name} | {files} | {lines:,} |")
 
