@@ -7,15 +7,15 @@ from a^K ~ N(0, nu^2 I) to a^0, and b = tanh(a^0), scaled; eta_k = delta c_k / k
     noising    pi(a^k | a^(k-1))   = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                                        (2)
     log-ratio  L = log N(a^K; 0, nu^2) + sum_k [ log q - log pi ] - log |db / da^0|,  -E[L] <= H(pi(.|s))            (3)
 
-The losses are SAC's with L in place of log pi(b|s), trained through the whole chain, on twin categorical critics over
-fixed atoms z_i (C51), without target networks but with batch renormalisation (CrossQ):
+The losses are SAC's with L for log pi(b|s), through the whole chain, on twin categorical critics over atoms z_i (C51),
+without target networks but with batch renormalisation (CrossQ); L' is that of the unscaled action:
 
     critic       cross-entropy to the twins' mixture, projected from R + gamma (1 - terminated) ( z_i - alpha L' )   (4)
     actor        E[ alpha L - mean_j E[Z_j(s, b)] ]                                                                  (5)
     temperature  -E[ alpha ( L + target entropy ) ]
 
     python dime.py --env-id Humanoid-v4
-    python dime.py --env-id HalfCheetah-v4 --critic-dim 256 --diffusion-steps 8     (small: for a laptop CPU)
+    python dime.py --env-id HalfCheetah-v4 --critic-dim 256 --hidden-dim 128 --diffusion-steps 8     (for a laptop CPU)
     python dime.py --resume runs/<run>/checkpoint.pt
 """
 

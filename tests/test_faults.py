@@ -116,19 +116,24 @@ def test_full_disk_under_the_curves_leaves_the_last_checkpoint(script, flags, mo
     (good,) = checkpoints(tmp_path)
     before = good.read_bytes()
 
+    write = RecordWriter.write
+
     def full(writer, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        """Full from the next checkpoint on, at step 300."""
+        if good.read_bytes() != before:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(writer, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordWriter, "write", full)
         with pytest.raises(OSError, match="No space left"):
             run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 1000)
-    assert good.read_bytes() == before
-    assert run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 400) == 0
+    assert torch.load(good, weights_only=True)["global_step"] == 300
+    assert run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 500) == 0
     events = EventAccumulator(str(good.parent), size_guidance={"scalars": 0})
     events.Reload()
     logged = 20 if script in ON_POLICY else 100
-    assert [event.step for event in events.Scalars("charts/SPS")] == list(range(logged, 401, logged))
+    assert [event.step for event in events.Scalars("charts/SPS")] == list(range(logged, 501, logged))
 
 
 class Misbehaves(gym.Env):
@@ -173,12 +178,11 @@ def test_environments_that_misbehave_leave_the_last_checkpoint(script, fault, fl
             run_script(monkeypatch, script, *command)
     (path,) = checkpoints(tmp_path)
     checkpoint = torch.load(path, weights_only=True)
-    assert 20 <= checkpoint["global_step"] <= 100
+    assert checkpoint["global_step"] == (100 if script in ON_POLICY else 40)  # the fault comes in the 51st step
     assert all(x.isfinite().all() for x in checkpoint["actor"].values())
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(script.time, "time", lambda: 1_000_000.0)
     moments = iter([1_000_000.0, 1_000_000.0, 1_000_001.0])
     monkeypatch.setattr(script.time, "time", lambda: next(moments))
     monkeypatch.setattr(script.time, "sleep", lambda seconds: None)

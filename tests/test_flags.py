@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import tempfile
+import types
 import typing
 import warnings
 from pathlib import Path
@@ -46,17 +47,30 @@ class Short(gym.Env):
 gym.register("Short-v0", Short, max_episode_steps=12)
 
 
+def kinds(field):
+    """The types that a field may have: int | None has two."""
+    union = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+    return typing.get_args(field.type) if union else (field.type,)
+
+
+def is_pair(field):
+    return any(typing.get_origin(kind) is tuple for kind in kinds(field))
+
+
 def flag_values(field):
     """A strategy for the words after a flag: typical, extreme and nonsensical values of the field's type."""
-    types = typing.get_args(field.type) or (field.type,)
-    values = [str(x) for kind in types for x in POOLS.get(kind, [])]
-    if bool in types:
+    if bool in kinds(field):
         return st.sampled_from([["True"], ["False"]])
-    if typing.get_origin(field.type) is tuple:
+    if is_pair(field):
         return st.lists(st.sampled_from([str(x) for x in POOLS[float]]), min_size=2, max_size=2)
-    if "learning_rate" in field.name or field.name.endswith("_lr"):
+    values = [str(x) for kind in kinds(field) for x in POOLS.get(kind, [])]
+    if is_rate(field):
         values = ["-1", "0", "0.001", "inf", "nan"]  # a large one is accepted, and stops the run when a loss overflows
     return st.sampled_from([*values, "nonsense"]).map(lambda value: [value])
+
+
+def is_rate(field):
+    return "learning_rate" in field.name or field.name.endswith("_lr")
 
 
 def commands(script):
@@ -107,9 +121,13 @@ def check(script, flags):
             (path,) = checkpoints
             checkpoint = torch.load(path, weights_only=True)
             assert checkpoint["global_step"] >= STEPS
-            assert all(
-                x.isfinite().all() for part in ("actor", "qf", "critic") for x in checkpoint.get(part, {}).values()
-            )
+            parts = [checkpoint.get(part, {}) for part in ("actor", "qf", "critic")]
+            assert all(x.isfinite().all() for part in parts for x in part.values())
+            args = script.Args(**checkpoint["args"])
+            off_policy = "q_optimizer" in checkpoint
+            due = args.utd * (STEPS - max(args.learning_starts, args.num_envs)) if off_policy else 1
+            optimizer = checkpoint["q_optimizer" if off_policy else "optimizer"]
+            assert optimizer["state"] or due < 2  # gradient steps were taken
         else:
             assert code == 2, (code, error.getvalue())
             lines = [line for line in error.getvalue().splitlines() if "error: " in line or "Error parsing" in line]
@@ -137,3 +155,22 @@ def test_flags_are_accepted_or_refused(script, examples):
     run()
     print(f"{script.__name__}: {sum(accepted)} of {len(accepted)} accepted")
     assert 0.1 < np.mean(accepted) < 0.9  # both kinds were tried
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_flag_away_from_its_default(script):
+    """All at once: what no random choice of three may meet."""
+    flags = "--env-id Short-v0 --device cpu --no-progress --total-timesteps 50".split()
+    for field in dataclasses.fields(script.Args):
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.name in FIXED:
+            continue
+        if bool in kinds(field):
+            flags.append(f"--no-{flag[2:]}" if field.default else flag)
+        elif is_pair(field):
+            flags += [flag, "0.5", "0.5"]
+        elif field.name in ("v_min", "target_entropy"):
+            flags += [flag, "-3"]
+        else:
+            flags += [flag, "0.002" if is_rate(field) else "2" if int in kinds(field) else "0.5"]
+    assert check(script, flags)

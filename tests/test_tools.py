@@ -47,6 +47,23 @@ def test_export_thins_curves_to_one_value_in_an_interval(monkeypatch, tmp_path):
     assert [step for step, _ in run.curves["eval/episodic_return"]] == steps
 
 
+def test_export_does_not_replace_runs_with_other_arguments(monkeypatch, tmp_path):
+    facts = {"env_id": "Some-v0", "exp_name": "ppo", "seed": "3", "commit": "a"}
+    curves = {"eval/episodic_return": [(10, 1.0)]}
+    for steps, commit in (("2", "a"), ("2", "b"), ("4", "b")):
+        run = plot.Run(facts | {"diffusion_steps": steps, "commit": commit}, curves)
+        monkeypatch.setattr(plot, "read_events", lambda _, run=run: run)
+        plot.export([tmp_path], to=tmp_path / "sweep", distinguish=("diffusion_steps",))
+        if steps == "2":  # another commit is a run made again
+            plot.export([tmp_path], to=tmp_path / "results")
+        else:
+            with pytest.raises(SystemExit, match="other diffusion_steps: delete it, or use --distinguish"):
+                plot.export([tmp_path], to=tmp_path / "results")
+    names = [path.name for path in sorted(tmp_path.glob("sweep/Some-v0/*.csv"))]
+    assert names == ["ppo__diffusion_steps-2__3.csv", "ppo__diffusion_steps-4__3.csv"]
+    assert plot.read_csv(tmp_path / "results/Some-v0/ppo__3.csv").facts["diffusion_steps"] == "2"
+
+
 def a_run(tmp_path, name, seed, values, speed=60.0, **facts):
     """A csv with evaluations after 600, 1200, ... steps, at `speed` steps per second: 10 seconds apart by default."""
     steps = [600 * (i + 1) for i in range(len(values))]

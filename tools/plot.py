@@ -13,6 +13,7 @@ with --stat iqm, a bootstrap interval of 95 % around the interquartile mean.
 import csv
 import re
 import subprocess
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -72,8 +73,21 @@ def read_csv(path):
     return Run(facts, dict(curves))
 
 
-def export(runs: Annotated[list[Path], tyro.conf.Positional], to: Path = Path("results"), every: int = 1000) -> None:
-    """Write the curves of run folders as csv; other than evaluations and episodes, one value in `every` steps."""
+BOOKKEEPING = {"commit", "command", "python", "torch", "gymnasium", "mujoco", "numpy", "resume", "progress", "track"}
+BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "capture_video", "checkpoint_frequency", "torch_threads"}
+
+
+def export(
+    runs: Annotated[list[Path], tyro.conf.Positional],
+    to: Path = Path("results"),
+    every: int = 1000,
+    distinguish: tuple[str, ...] = (),
+) -> None:
+    """Write the curves of run folders as csv; other than evaluations and episodes, one value in `every` steps.
+
+    The file is {exp_name}__{seed}.csv; the arguments named by `distinguish`, such as diffusion_steps, go into its name.
+    A file of a run with other arguments is not replaced: exit code 1.
+    """
     for run_dir in runs:
         run = read_events(run_dir)
         for name, curve in run.curves.items():
@@ -81,7 +95,13 @@ def export(runs: Annotated[list[Path], tyro.conf.Positional], to: Path = Path("r
                 newest = {-(-step // every): (step, value) for step, value in curve}  # the last of each interval
                 run.curves[name] = list(newest.values())
         env_id = re.sub(r"[^\w.-]", "-", run.facts["env_id"])
-        path = to / env_id / f"{run.facts['exp_name']}__{run.facts['seed']}.csv"
+        parts = [run.facts["exp_name"], *(f"{key}-{run.facts[key]}" for key in distinguish), run.facts["seed"]]
+        path = to / env_id / f"{'__'.join(parts)}.csv"
+        if path.exists():
+            old = read_csv(path).facts
+            keys = sorted(key for key in (old.keys() & run.facts.keys()) - BOOKKEEPING if old[key] != run.facts[key])
+            if keys:
+                sys.exit(f"error: {path} is of a run with other {', '.join(keys)}: delete it, or use --distinguish")
         write_csv(run, path)
         print(path)
 

@@ -167,7 +167,12 @@ def measure(contender, args):
     }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", code]
-        out = subprocess.run(command, cwd=folder, env=os.environ | one_thread, capture_output=True, text=True)
+        # one core: XLA's threads do not always obey its flags
+        core = {max(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else None
+        pin = (lambda: os.sched_setaffinity(0, core)) if core else None
+        out = subprocess.run(
+            command, cwd=folder, env=os.environ | one_thread, capture_output=True, text=True, preexec_fn=pin
+        )
         if out.returncode:
             sys.exit(f"{contender} failed:\n{out.stderr[-2000:]}")
         return json.loads(out.stdout.splitlines()[-1])

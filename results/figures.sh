@@ -1,0 +1,10 @@
+#!/bin/sh
+# Every figure and table of README and docs that comes from the curves in results/: ./results/figures.sh
+set -e
+cd "$(dirname "$0")/.."
+plot() { python tools/plot.py "$@"; }
+
+plot table results/Pendulum-v1/*.csv results/HalfCheetah-v4/*.csv > results/table.md
+plot figure results/Pendulum-v1/*.csv --to docs/images/pendulum.png
+plot figure results/HalfCheetah-v4/*sac*.csv results/HalfCheetah-v4/*wpo*.csv --to docs/images/halfcheetah_off_policy.png
+plot figure results/HalfCheetah-v4/*ppo*.csv --to docs/images/ppo_diffppo.png
