@@ -45,10 +45,18 @@ def read_events(run_dir):
     """Read a run folder's TensorBoard events, and the commit of the code beside it."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
-    text = events.Tensors("hyperparameters/text_summary")[-1].tensor_proto.string_val[0].decode()
-    facts = dict(line.strip("|").split("|", 1) for line in text.splitlines()[2:])
-    git = ["git", "-C", str(run_dir), "rev-parse", "HEAD"]
-    facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("hyperparameters/text_summary")]
+    tables = [dict(line.strip("|").split("|", 1) for line in text.splitlines()[2:]) for text in texts]
+    facts = tables[-1]
+    facts["command"] = " && ".join(table["command"] for table in tables)  # several if the run was resumed
+
+    def git(*words):
+        words = ["git", "-C", str(run_dir), *words]
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+
+    top = git("rev-parse", "--show-toplevel")
+    facts = {key: value.replace(f"{top}/", "") if top else value for key, value in facts.items()}
+    facts["commit"] = git("rev-parse", "HEAD") or "unknown"
     facts |= {name: version(name) for name in ("mujoco", "numpy") if name not in facts}
     curves = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
     return Run(facts, {name: curve for name, curve in sorted(curves.items()) if METRICS.fullmatch(name)})
