@@ -110,6 +110,8 @@ class Args:
     "temperature: the first value, or the fixed one with --no-autotune"
     autotune: bool = True
     "steer the temperature so that the policy's entropy meets the target"
+    alpha_anneal: float = 1.0
+    "with --no-autotune: start at this multiple of --alpha and fall to it geometrically in 70 % of the run"
     alpha_lr: float = 3e-4
     "learning rate of the temperature"
     target_entropy: float | None = None
@@ -135,6 +137,8 @@ class Args:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.autotune and self.alpha == 0:
             raise ValueError("--alpha must be positive, or fixed with --no-autotune")
+        if not 1 <= self.alpha_anneal < math.inf or (self.autotune and self.alpha_anneal > 1):
+            raise ValueError(f"--alpha-anneal must be at least 1, above it with --no-autotune, not {self.alpha_anneal}")
         if not all(0 <= value < math.inf for value in (*self.kl_weights, *(self.kl_bounds or ()))):
             raise ValueError("--kl-weights and --kl-bounds must be at least 0")
         if not math.isfinite(self.target_entropy or 0):
@@ -534,8 +538,7 @@ def main(args: Args):
     parts |= {"actor_target": actor_target, "random_state": RandomState(device)}
     if checkpoint:
         restore_checkpoint(checkpoint, parts)
-    if not args.autotune:
-        temperature.log_alpha.data.fill_(math.log(args.alpha) if args.alpha else -math.inf)
+    last_log_alpha = math.log(args.alpha) if args.alpha else -math.inf
 
     def update(batch):
         """One gradient step of the critics, the actor and the temperature; returns tensors for the log."""
@@ -621,6 +624,9 @@ def main(args: Args):
 
         # ALGO LOGIC: training; on a GPU it goes on while the environments step
         if global_step >= args.learning_starts and buffer.size:
+            if not args.autotune:
+                progress_left = max(0.0, 1 - global_step / (0.7 * args.total_timesteps))
+                temperature.log_alpha.data.fill_(last_log_alpha + progress_left * math.log(args.alpha_anneal))
             updates_due += args.utd * args.num_envs
             while updates_due >= 1:
                 batch = buffer.sample(args.batch_size)

@@ -317,6 +317,18 @@ def test_flags_beside_resume_override_the_stored_ones(script, monkeypatch, tmp_p
     assert after["buffer"]["size"] == 60 and after["buffer"]["position"] == 20
 
 
+@replaying
+def test_temperature_is_annealed_geometrically(script, small, monkeypatch, tmp_path):
+    flags = "--no-autotune --alpha 0.1 --alpha-anneal 50 --total-timesteps 500".split()
+    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", *small, *flags) == 0
+    logged = dict(scalars(run_dirs(tmp_path)[0], "losses/alpha"))
+    for step in (100, 200, 300):  # the gradient step before environment step `step` sees the one before
+        expected = 0.1 * 50 ** (1 - (step - 1) / 350)
+        assert logged[step] == pytest.approx(expected, rel=0.012)  # DIME: an earlier one, by at most a step
+    assert logged[400] == logged[500] == pytest.approx(0.1)
+    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", *small, "--alpha-anneal", 50) == 2
+
+
 @off_policy
 def test_default_temperature_target_and_polyak_average(script, monkeypatch, tmp_path):
     flags = ["--env-id", "Pendulum-v1", *SMALL_OFF, "--learning-starts", 40, "--total-timesteps", 41]
