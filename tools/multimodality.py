@@ -56,7 +56,7 @@ def load_policy(path):
     alpha = args.alpha
     if getattr(args, "autotune", False):
         alpha = checkpoint["temperature"]["log_alpha"].exp().item()
-    name = f"{checkpoint['script'].removesuffix('_continuous')}, seed {args.seed}"
+    name = f"{args.exp_name.removesuffix('_continuous')}, seed {args.seed}"
     return Policy(name, actor, args, gym.make(args.env_id).unwrapped, alpha)
 
 
