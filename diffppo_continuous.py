@@ -123,7 +123,7 @@ class Args:
     # Diffusion policy
     diffusion_steps: int = 8
     "denoising steps K from the prior to the action"
-    prior_std: float = 1.0
+    prior_std: float = 0.5
     "standard deviation nu of the prior, before squashing"
     delta_first: float = 1.0
     "delta_K of the first denoising step; a geometric schedule leads to delta_1"

@@ -109,6 +109,8 @@ class Args:
     "end the epochs of an update when the approximate KL divergence passes this"
     hidden_dim: int = 64
     "width of the two hidden layers of every network"
+    initial_std: float = 0.5
+    "standard deviation of the policy at the start, before squashing"
 
     def __post_init__(self):
         at_least_one = "total_timesteps num_envs torch_threads eval_episodes num_steps num_minibatches update_epochs"
@@ -123,6 +125,8 @@ class Args:
             raise ValueError(f"--gamma and --gae-lambda must lie in [0, 1], not {self.gamma} and {self.gae_lambda}")
         if self.num_envs * self.num_steps < 2 * self.num_minibatches:
             raise ValueError("--num-envs times --num-steps must be at least twice --num-minibatches")
+        if not 0 < self.initial_std < math.inf:
+            raise ValueError(f"--initial-std must be positive, not {self.initial_std}")
 
 
 def fail(message: str) -> NoReturn:
@@ -248,7 +252,7 @@ class Actor(nn.Module):
         self.register_buffer("action_bias", (high + low) / 2)
         self.normalizer = RunningNormalizer(obs_dim)
         self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, action_dim), last_gain=0.01)
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(args.initial_std)))
 
     def std(self):
         """Standard deviation before squashing, (action_dim,)."""
@@ -256,14 +260,12 @@ class Actor(nn.Module):
 
     def forward(self, obs, noise_scale=1.0):
         """Draw a latent action (batch, action_dim), before squashing, for normalised obs (batch, obs_dim)."""
-        mean = self.net(obs)
-        return mean + noise_scale * self.std() * torch.randn_like(mean)
+        return self.net(obs) + noise_scale * self.std() * torch.randn(len(obs), len(self.log_std), device=obs.device)
 
     def log_density(self, obs, latent):
         """Log-density (batch,) of latent actions (batch, action_dim), before squashing, at normalised obs."""
-        std = self.std()
-        noise = (latent - self.net(obs)) / std
-        return (-0.5 * noise.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        noise = (latent - self.net(obs)) / self.std()
+        return (-0.5 * noise.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def squash(self, latent):
         """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""

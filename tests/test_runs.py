@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dime
+import ppo_continuous
 from tests.common import OFF_POLICY, ON_POLICY, ROOT, SCRIPTS, WASSERSTEIN, make_actor, randomise, run_script
 
 SAME_STEP = AutoresetMode.SAME_STEP
@@ -588,6 +589,7 @@ BAD_ON_POLICY = {
     "too many minibatches": "--num-envs 1 --num-steps 8 --num-minibatches 8",
     "not a rate": "--learning-rate nan",
 }
+BAD_PPO = {"no noise": "--initial-std 0"}
 BAD_DIFFUSION = {
     "no denoising step": "--diffusion-steps 0",
     "delta of two": "--delta-first 2",
@@ -611,6 +613,8 @@ def bad_input():
     for script in SCRIPTS:
         cases = BAD | (BAD_ON_POLICY if script in ON_POLICY else BAD_OFF_POLICY)
         own = BAD_DIME if script is dime else BAD_DIFFUSION if "diff" in script.__name__ else {}
+        if script is ppo_continuous:
+            own = BAD_PPO
         if script in WASSERSTEIN:
             own = own | BAD_WASSERSTEIN
         for case, flags in (cases | own).items():
