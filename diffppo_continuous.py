@@ -10,8 +10,9 @@ alpha = 0 leaves it out. On data (s, a, R, s') of the policy pi_old, with the ra
 Here K denoising steps lead from a^K ~ q(a^K) = N(0, nu^2 I) to a^0, and tanh(a^0), scaled to the bounds, is executed.
 PPO runs on the augmented problem with states (s, a^k, k) and actions a^(k-1):
 
-    denoising  q(a^(k-1) | a^k, s) = N( (1 - delta_k / 2) a^k + nu^2 delta_k u_theta(s, a^k, k), nu^2 delta_k I )   (1)
+    denoising  q(a^(k-1) | a^k, s) = N( (1 - delta_k / 2) a^k + nu^2 delta_k u_theta(s, a^k, k), sigma_k^2 I )       (1)
     noising    pi(a^k | a^(k-1))   = N( (1 - delta_k / 2) a^(k-1), nu^2 delta_k I )                                  (2)
+               sigma_k = nu sqrt(delta_k) at first, then learned: denoising narrows what noising widens
     actor      one ratio for each step; l_k = log q - log pi for log pi(a|s); -alpha grad log pi if delta is learned (3)
     rewards    R + alpha ( H(q(a^K)) + log |da / da^0| ) at the end of a chain; inside it gamma = lambda = 1         (4)
 
@@ -125,7 +126,7 @@ class Args:
     "denoising steps K from the prior to the action"
     prior_std: float = 0.5
     "standard deviation nu of the prior, before squashing"
-    delta_first: float = 1.0
+    delta_first: float = 1.5
     "delta_K of the first denoising step; a geometric schedule leads to delta_1"
     delta_last: float = 0.01
     "delta_1 of the last of several denoising steps; its noise has standard deviation nu sqrt(delta_1)"
@@ -283,40 +284,40 @@ class Actor(nn.Module):
         delta = args.delta_first * (args.delta_last / args.delta_first) ** position
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))[:, None].repeat(1, action_dim)
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
+        self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log()[:, None].repeat(1, action_dim))
         angle = k[:, None] * 100 ** -torch.linspace(0, 1, 16)
         self.register_buffer("step_embedding", torch.cat((angle.sin(), angle.cos()), dim=1))
         obs_dim += action_dim + self.step_embedding.shape[1]  # the state (s, a^k, k)
         self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, action_dim), last_gain=0.0)  # u_theta = 0 at first
 
     def std(self):
-        """Standard deviation nu sqrt(delta_k) of both kernels, (K, action_dim)."""
-        delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * torch.sigmoid(self.delta_logit)
-        return self.prior_std * delta.sqrt()
+        """Standard deviation sigma_k of the denoising kernels, (K, action_dim)."""
+        return self.log_std.exp()
 
     def augment(self, obs, latent, k):
         """State (s, a^k, k) as a vector from normalised obs, latents a^k and steps k (...)."""
         return torch.cat((obs, latent, self.step_embedding[k - 1]), dim=-1)
 
     def kernels(self, state, latent, k):
-        """Mean of the denoising kernel, decay 1 - delta_k / 2 and std of both kernels, all (..., action_dim)."""
-        std = self.std()[k - 1]
-        decay = 1 - (std / self.prior_std).square() / 2
-        return decay * latent + std * self.net(state), decay, std  # the network's output is nu sqrt(delta_k) u_theta
+        """Mean and std of the denoising kernel, decay 1 - delta_k / 2 and std of the noising one, (..., action_dim)."""
+        delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * torch.sigmoid(self.delta_logit[k - 1])
+        decay, std = 1 - delta / 2, self.prior_std * delta.sqrt()
+        return decay * latent + std * self.net(state), self.std()[k - 1], decay, std  # net: nu sqrt(delta_k) u_theta
 
     def forward(self, obs, noise_scale=1.0):
         """Draw a chain a^K ... a^0, (batch, K + 1, action_dim), for each row of normalised obs (batch, obs_dim)."""
         noise = noise_scale * torch.randn(self.diffusion_steps + 1, len(obs), len(self.action_scale), device=obs.device)
         latents = [self.prior_std * noise[-1]]
         for k, eps in zip(self.order[:, None].expand(-1, len(obs)), noise[:-1].flip(0), strict=True):
-            mean, _, std = self.kernels(self.augment(obs, latents[-1], k), latents[-1], k)
+            mean, std, _, _ = self.kernels(self.augment(obs, latents[-1], k), latents[-1], k)
             latents.append(mean + std * eps)
         return torch.stack(latents, dim=1)
 
     def log_density(self, state, latent, next_latent, k):
         """log q(a^(k-1) | a^k, s) and log pi(a^k | a^(k-1)), both (...), at states of `augment`."""
-        mean, decay, std = self.kernels(state, latent, k)
-        noises = (next_latent - mean) / std, (latent - decay * next_latent) / std  # DIFF: (1), (2)
-        return tuple((-0.5 * x.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1) for x in noises)
+        mean, std, decay, noising_std = self.kernels(state, latent, k)
+        kernels = (next_latent - mean, std), (latent - decay * next_latent, noising_std)  # DIFF: (1), (2)
+        return tuple((-0.5 * (x / s).square() - s.log() - 0.5 * math.log(2 * math.pi)).sum(-1) for x, s in kernels)
 
     def chain(self, obs, latents):
         """The K steps of chains (..., K + 1, action_dim) at obs (..., obs_dim): state, latent, next_latent, k."""

@@ -114,11 +114,12 @@ def test_diffppo_rows_on_the_augmented_axis(steps, monkeypatch):
                 chain = rollout.latents[t, env]  # a^K ... a^0
                 for i in range(steps):
                     step_k, latent, following = steps - i, chain[i], chain[i + 1]
-                    std = actor.std()[step_k - 1]
-                    decay = 1 - (std / 1.3) ** 2 / 2
+                    std, logit = actor.log_std.exp()[step_k - 1], actor.delta_logit[step_k - 1]
+                    delta = 1e-4 + (1.9 - 1e-4) / (1 + (-logit).exp())
+                    decay, noising_std = 1 - delta / 2, 1.3 * delta.sqrt()
                     state = torch.cat((actor.normalizer(rollout.obs[t, env]), latent, actor.step_embedding[step_k - 1]))
-                    log_q = log_normal(following, decay * latent + std * actor.net(state), std)
-                    log_ratios.append(log_q - log_normal(latent, decay * following, std))
+                    log_q = log_normal(following, decay * latent + noising_std * actor.net(state), std)
+                    log_ratios.append(log_q - log_normal(latent, decay * following, noising_std))
                     reward, discount, trace = -ALPHA * log_ratios[-1], 1.0, 1.0
                     if step_k > 1:
                         next_value = value(rollout.obs[t, env], following, step_k - 1)
@@ -215,7 +216,7 @@ def test_gradient_at_the_old_policy_is_equation_10(norm_adv):
         return surrogate - 0.25 * entropy
 
     loss = diffppo_continuous.ppo_loss(actor, critic, rows, ALPHA, args)[0]
-    parameters = [actor.delta_logit, actor.net[0].weight, actor.net[4].bias]
+    parameters = [actor.delta_logit, actor.net[0].weight, actor.net[4].bias, actor.log_std]
     gradients = torch.autograd.grad(loss, parameters)
     for ours, expected in zip(gradients, torch.autograd.grad(objective(), parameters), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
