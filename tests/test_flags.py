@@ -172,5 +172,6 @@ def test_every_flag_away_from_its_default(script):
         elif field.name in ("v_min", "target_entropy"):
             flags += [flag, "-3"]
         else:
-            flags += [flag, "0.002" if is_rate(field) else "2" if int in kinds(field) else "0.5"]
+            large = int in kinds(field) or field.name == "alpha_anneal"
+            flags += [flag, "0.002" if is_rate(field) else "2" if large else "0.5"]
     assert check(script, flags)
