@@ -213,6 +213,15 @@ def test_exact_values_have_the_derivative_of_the_reward():
     torch.testing.assert_close(values[0], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_temperature_of_exact_training_is_annealed(monkeypatch):
+    seen, loss = [], sac_continuous.policy_loss
+    monkeypatch.setattr(sac_continuous, "policy_loss", lambda *given: seen.append(float(given[3])) or loss(*given))
+    args = sac_continuous.Args(env_id=IDS[1], autotune=False, alpha=0.5, alpha_anneal=16.0, total_timesteps=20)
+    args.batch_size, args.hidden_dim, args.progress = 4, 4, False
+    exact.train(sac_continuous, args)
+    assert seen[0] == pytest.approx(8) and seen[7] == pytest.approx(2) and seen[14:] == [0.5] * 6
+
+
 @pytest.mark.parametrize("script", exact.SCRIPTS)
 def test_actor_trained_on_exact_values(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
