@@ -142,7 +142,7 @@ def policy_of(actor, alpha):
 
 def test_table_of_the_exact_policy():
     row = multimodality.compare(policy_of(Exact(0.05), 0.05), 20_000, 200)[0]
-    assert row["tv"] < 0.03 and (row["kept"], row["modes"]) == (16, 16) and row["least"] > 0.95
+    assert row["tv"] < 0.03 and (row["kept"], len(row["modes"])) == (16, 16) and row["least"] > 0.95
     assert abs(row["regret"]) < 0.002 and abs(row["gap"]) < 1e-3
     assert abs(row["single_error"]) < 1e-3 and abs(row["episode_error"]) < 1e-3
     assert row["single_size"] > 0.999 and row["episode_size"] > 0.95
@@ -151,7 +151,10 @@ def test_table_of_the_exact_policy():
 def test_table_of_a_policy_with_one_mode():
     """Right half only: TV 1/2, half of the modes, a KL of log 2 a step, and half of Z from its samples."""
     row = multimodality.compare(policy_of(Exact(0.05, right_only=True), 0.05), 20_000, 200)[0]
-    assert row["tv"] == pytest.approx(0.5, abs=0.02) and (row["kept"], row["modes"]) == (8, 16)
+    assert row["tv"] == pytest.approx(0.5, abs=0.02) and (row["kept"], len(row["modes"])) == (8, 16)
+    for heading, mode, exact_mass, mass in row["modes"]:
+        assert heading % 45 == pytest.approx(0) and exact_mass == pytest.approx(0.5)
+        assert mass == pytest.approx(float(mode > 0), abs=1e-3) and abs(mode) == 0.5
     assert row["gap"] == pytest.approx(np.log(2), abs=1e-3) and abs(row["regret"]) < 0.003
     assert row["single_error"] == pytest.approx(-np.log(2), abs=1e-3)
     assert row["episode_error"] == pytest.approx(-np.log(2), abs=1e-3)
@@ -188,6 +191,12 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == ["sac, seed 1", "diffppo, seed 1"]
     assert [row.split("|")[2].strip() for row in rows] == ["0.05", "1"]
+    multimodality.table([checkpoints[1]] * 2, samples=200, trajectories=10, modes=tmp_path / "modes.csv")
+    single, _, mean = (row.split("|") for row in capsys.readouterr().out.splitlines()[2:])
+    assert mean[1].strip() == "diffppo, TurningGMM-v0, 2 seeds" and mean[3].strip() == single[3].strip() + " ± 0.000"
+    modes = [line.split(",") for line in (tmp_path / "modes.csv").read_text().splitlines()[1:]]
+    assert len(modes) == 2 * 84 and modes[0][:3] == [IDS[1], "diffppo", "1"] and modes[:84] == modes[84:]
+    assert sum(float(mode[5]) for mode in modes) == pytest.approx(2 * 24, abs=0.05)
     multimodality.chain(checkpoints[1], tmp_path / "chain.png", samples=200)
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("table", "chain"))
     with pytest.raises(SystemExit, match="has no chain"):

@@ -3,7 +3,8 @@
     python tools/multimodality.py table runs/*/checkpoint.pt --figure docs/images/double_well.png
     python tools/multimodality.py chain runs/<run>/checkpoint.pt --figure docs/images/chain.png
 
-`table` prints Markdown, one row for each checkpoint:
+`table` prints Markdown, one row for each checkpoint, and mean and population standard deviation over the seeds of a
+script:
 
     TV            total variation distance between the histogram of actions and the exact density, mean over headings
     modes         modes that hold at least a quarter of their exact mass, of all, and the least share of the exact mass
@@ -14,9 +15,13 @@
 
 q is the density of the actions for a Gaussian policy; a diffusion policy has its chain and the noising kernels in the
 weights instead: log w = sum R / alpha - sum of the path log-ratios, which leaves the mean of w what it is.
+
+--modes writes the mass of every mode at every heading, the exact one and the policy's, as csv.
 """
 
+import csv
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -89,7 +94,10 @@ def modes_of(env, heading):
 
 
 def compare(policy, samples, trajectories, seed=0):
-    """Numbers of one row of the table, and the histograms (headings, cells) with the exact masses for the figure."""
+    """Numbers of one row of the table, and the histograms (headings, cells) with the exact masses for the figure.
+
+    The row's "modes" are tuples of heading in degrees, position, exact mass and the policy's mass.
+    """
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     env = policy.env
@@ -97,19 +105,17 @@ def compare(policy, samples, trajectories, seed=0):
     cells = CELLS[env.spec.id]
     edges = np.linspace(-1, 1, cells + 1)
     masses = exact.density.reshape(len(exact.headings), cells, -1).mean(-1) * 2 / cells
-    histograms, kept, of, least, single = np.zeros_like(masses), 0, 0, [], []
+    histograms, modes, least, single = np.zeros_like(masses), [], [], []
     for i, heading in enumerate(exact.headings):
         action, log_prob = sample(policy, np.full(samples, heading))
         histograms[i] = np.histogram(action, edges)[0] / samples
-        modes = modes_of(env, heading)
-        nearest = np.abs(action[:, None] - modes).argmin(1)
-        nearest_exact = np.abs(exact.actions[:, None] - modes).argmin(1)
-        share = np.array([(nearest == j).mean() for j in range(len(modes))])
-        whole = (
-            np.array([exact.density[i, nearest_exact == j].sum() for j in range(len(modes))]) * 2 / len(exact.actions)
-        )
-        kept, of = kept + (share > whole / 4).sum(), of + len(modes)
-        least.append((share / whole).min())
+        means = modes_of(env, heading)
+        nearest = np.abs(action[:, None] - means).argmin(1)
+        nearest_exact = np.abs(exact.actions[:, None] - means).argmin(1)
+        shares = [(nearest == j).mean() for j in range(len(means))]
+        whole = [exact.density[i, nearest_exact == j].sum() * 2 / len(exact.actions) for j in range(len(means))]
+        modes += [(np.rad2deg(heading), *mode) for mode in zip(means, whole, shares, strict=True)]
+        least.append(np.min(np.divide(shares, whole)))
         single.append(env.reward(np.full(samples, heading), action) / policy.alpha - log_prob)
     single_z, single_size = np.mean([log_mean_exp(weights) for weights in single], axis=0)
     headings = env.first_headings(random, (trajectories,))
@@ -124,8 +130,8 @@ def compare(policy, samples, trajectories, seed=0):
     partition = exact.log_partition.mean()  # the same everywhere where log Z of an episode is known
     row = {
         "tv": 0.5 * np.abs(histograms - masses).sum(1).mean(),
-        "kept": int(kept),
-        "modes": of,
+        "kept": sum(share > whole / 4 for _, _, whole, share in modes),
+        "modes": modes,
         "least": float(np.mean(least)),
         "reward": float(rewards),
         "regret": float(rewards - exact.mean_reward.mean()),
@@ -138,26 +144,50 @@ def compare(policy, samples, trajectories, seed=0):
     return row, exact.headings, edges, histograms, masses
 
 
+def markdown(name, alpha, rows):
+    """One row of the table: the numbers of one checkpoint, or mean and standard deviation of several."""
+
+    def number(key, form=".3f", scale=1):
+        values = scale * np.array([row[key] for row in rows])
+        return f"{values.mean():{form}}" + (f" ± {values.std():{form.lstrip('+')}}" if len(rows) > 1 else "")
+
+    kept, modes = sum(row["kept"] for row in rows), sum(len(row["modes"]) for row in rows)
+    return (
+        f"| {name} | {alpha:.3g} | {number('tv')} | {kept}/{modes} ({number('least', '.2f')}) "
+        f"| {number('reward')} ({number('regret', '+.3f')}) | {number('gap')} | {number('single_error', '+.3f')}, "
+        f"{number('single_size', '.0f', 100)} % | {number('episode_error', '+.3f')}, "
+        f"{number('episode_size', '.1f', 100)} % |"
+    )
+
+
 def table(
     checkpoints: Annotated[list[Path], tyro.conf.Positional],
     samples: int = 20_000,
     trajectories: int = 1_000,
     figure: Path | None = None,
     columns: int = 3,
+    modes: Path | None = None,
 ) -> None:
     """Print the table, from `samples` actions at each heading and `trajectories` episodes; draw the histograms."""
-    results = []
+    results, rows_of = [], defaultdict(list)
     print("| policy | alpha | TV | modes (least) | E[R] (regret) | evidence gap | log Z error, ESS: step | episode |")
     print("|---|---|---|---|---|---|---|---|")
     for path in checkpoints:
         policy = load_policy(path)
         results.append((policy, *compare(policy, samples, trajectories)))
-        r = results[-1][1]
-        print(
-            f"| {policy.name} | {policy.alpha:.3g} | {r['tv']:.3f} | {r['kept']}/{r['modes']} ({r['least']:.2f}) "
-            f"| {r['reward']:.3f} ({r['regret']:+.3f}) | {r['gap']:.3f} | {r['single_error']:+.3f}, "
-            f"{100 * r['single_size']:.0f} % | {r['episode_error']:+.3f}, {100 * r['episode_size']:.1f} % |"
-        )
+        rows_of[policy.name.split(",")[0], policy.args.env_id, policy.alpha].append(results[-1][1])
+        print(markdown(policy.name, policy.alpha, [results[-1][1]]), flush=True)
+    for (name, env_id, alpha), rows in rows_of.items():
+        if len(rows) > 1:
+            print(markdown(f"{name}, {env_id.removeprefix('toys:')}, {len(rows)} seeds", alpha, rows))
+    if modes:
+        modes.parent.mkdir(parents=True, exist_ok=True)
+        with modes.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("env_id", "script", "seed", "heading", "mode", "exact_mass", "mass"))
+            for policy, row, *_ in results:
+                run = (policy.args.env_id, policy.name.split(",")[0], policy.args.seed)
+                writer.writerows((*run, *(f"{x:.4g}" for x in mode)) for mode in row["modes"])
     if figure:
         drawing, axes = plt.subplots(len(results), columns, figsize=(3.2 * columns, 1.9 * len(results)), squeeze=False)
         for axis_row, (policy, _, headings, edges, histograms, masses) in zip(axes, results, strict=True):
