@@ -193,7 +193,7 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     assert [row.split("|")[2].strip() for row in rows] == ["0.05", "1"]
     multimodality.table([checkpoints[1]] * 2, samples=200, trajectories=10, modes=tmp_path / "modes.csv")
     single, _, mean = (row.split("|") for row in capsys.readouterr().out.splitlines()[2:])
-    assert mean[1].strip() == "diffppo, TurningGMM-v0, 2 seeds" and mean[3].strip() == single[3].strip() + " ± 0.000"
+    assert mean[1].strip() == "diffppo, TurningGMM-v0, 2 runs" and mean[3].strip() == single[3].strip() + " ± 0.000"
     modes = [line.split(",") for line in (tmp_path / "modes.csv").read_text().splitlines()[1:]]
     assert len(modes) == 2 * 84 and modes[0][:3] == [IDS[1], "diffppo", "1"] and modes[:84] == modes[84:]
     assert sum(float(mode[5]) for mode in modes) == pytest.approx(2 * 24, abs=0.05)

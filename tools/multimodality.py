@@ -3,7 +3,7 @@
     python tools/multimodality.py table runs/*/checkpoint.pt --figure docs/images/double_well.png
     python tools/multimodality.py chain runs/<run>/checkpoint.pt --figure docs/images/chain.png
 
-`table` prints Markdown, one row for each checkpoint, and mean and population standard deviation over the seeds of a
+`table` prints Markdown, one row for each checkpoint, and mean and population standard deviation over runs of one
 script:
 
     TV            total variation distance between the histogram of actions and the exact density, mean over headings
@@ -179,7 +179,7 @@ def table(
         print(markdown(policy.name, policy.alpha, [results[-1][1]]), flush=True)
     for (name, env_id, alpha), rows in rows_of.items():
         if len(rows) > 1:
-            print(markdown(f"{name}, {env_id.removeprefix('toys:')}, {len(rows)} seeds", alpha, rows))
+            print(markdown(f"{name}, {env_id.removeprefix('toys:')}, {len(rows)} runs", alpha, rows))
     if modes:
         modes.parent.mkdir(parents=True, exist_ok=True)
         with modes.open("w", newline="") as file:
