@@ -1,22 +1,23 @@
 """DiffPPO: PPO with a diffusion policy (Sanokowski, Patil, Knoll 2025, arXiv 2512.02019). Docs: docs/diffppo.md
 
 Maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]: the entropy is part of the reward and so of the soft value V;
-alpha = 0 leaves it out. On data (s, a, R, s') of the policy pi_old, with the ratio r = pi(a|s) / pi_old(a|s),
+alpha = 0 leaves it out. On data (s, a, R, s') of the policy pi_old, R in units of the returns' standard deviation, with
+the ratio r = pi(a|s) / pi_old(a|s), A_(t+1) = 0 once an episode has ended, and A standardised in each minibatch,
 
     advantage  A_t = d_t + gamma lambda A_(t+1),  d_t = R - alpha log pi_old(a|s) + gamma (1 - terminated) V(s') - V(s)
     actor      -E[ min( r A, clip(r, 1 - eps, 1 + eps) A ) ],  where A is refreshed: A_t + alpha ( log pi_old - log pi )
     critic     E[ ( V(s) - V_old(s) - A_t )^2 ] / 2
 
-Here K denoising steps lead from a^K ~ q(a^K) = N(0, nu^2 I) to a^0, and tanh(a^0), scaled to the bounds, is executed.
-PPO runs on the augmented problem with states (s, a^k, k) and actions a^(k-1):
+From a^K ~ q(a^K) = N(0, nu^2 I), K steps with a network u_theta and learned delta_k and sigma_k lead to a^0; tanh(a^0),
+scaled, is executed. PPO runs on the augmented problem with states (s, a^k, k) and actions a^(k-1):
 
     denoising  q(a^(k-1) | a^k, s) = N( (1 - delta_k / 2) a^k + nu^2 delta_k u_theta(s, a^k, k), sigma_k^2 I )       (1)
     noising    pi(a^k | a^(k-1))   = N( (1 - delta_k / 2) a^(k-1), nu^2 delta_k I )                                  (2)
-               sigma_k = nu sqrt(delta_k) at first, then learned: denoising narrows what noising widens
-    actor      one ratio for each step; l_k = log q - log pi for log pi(a|s); -alpha grad log pi if delta is learned (3)
+    actor      one ratio r of (1) for each step; l_k = log (1) - log (2) for log pi(a|s); and, as delta_k moves (2),
+               -alpha r log (2) in the loss wherever r is not clipped                                                (3)
     rewards    R + alpha ( H(q(a^K)) + log |da / da^0| ) at the end of a chain; inside it gamma = lambda = 1         (4)
 
-alpha = 0 is DPPO (Ren et al. 2024, arXiv 2409.00588), with a value function of the latents.
+alpha = 0 is close to DPPO (Ren et al. 2024, arXiv 2409.00588), with a value function of the latents.
 
     python diffppo_continuous.py --env-id HalfCheetah-v4
     python diffppo_continuous.py --resume runs/<run>/checkpoint.pt
@@ -129,9 +130,9 @@ class Args:
     delta_first: float = 1.5
     "delta_K of the first denoising step; a geometric schedule leads to delta_1"
     delta_last: float = 0.01
-    "delta_1 of the last of several denoising steps; its noise has standard deviation nu sqrt(delta_1)"
+    "delta_1 of the last of several denoising steps; its noise has standard deviation nu sqrt(delta_1) at first"
     learn_delta: bool = True
-    "learn delta_k for each step and action dimension, or keep the schedule"
+    "learn delta_k for each step and action dimension, or keep the schedule; sigma_k is learned anyway"
 
     def __post_init__(self):
         at_least_one = "total_timesteps num_envs torch_threads eval_episodes num_steps num_minibatches update_epochs"
@@ -187,7 +188,7 @@ def make_env(env_id, seed, idx, capture_video, run_name):
 
 
 class Rollout(NamedTuple):
-    """Data of one rollout, (num_steps, num_envs) or with one more axis, obs_dim or action_dim."""
+    """Data of one rollout, (num_steps, num_envs) or with more axes, as obs_dim and action_dim."""
 
     obs: torch.Tensor
     next_obs: torch.Tensor  # after an episode's end its last observation, not the first one of the next episode
@@ -253,14 +254,14 @@ def mlp(sizes, last_gain):
 
 
 class Critic(nn.Module):
-    """Soft value V(s), in units of the scaled rewards."""
+    """Soft value of a state, in units of the scaled rewards."""
 
     def __init__(self, obs_dim, args):
         super().__init__()
         self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, 1), last_gain=1.0)
 
     def forward(self, obs):
-        """Values (batch,) of normalised obs (batch, obs_dim)."""
+        """Values (batch,) of states (batch, obs_dim), their observations normalised."""
         return self.net(obs).squeeze(-1)
 
 
@@ -284,7 +285,7 @@ class Actor(nn.Module):
         delta = args.delta_first * (args.delta_last / args.delta_first) ** position
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))[:, None].repeat(1, action_dim)
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
-        self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log()[:, None].repeat(1, action_dim))
+        self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log()[:, None].repeat(1, action_dim))  # sigma_k
         angle = k[:, None] * 100 ** -torch.linspace(0, 1, 16)
         self.register_buffer("step_embedding", torch.cat((angle.sin(), angle.cos()), dim=1))
         obs_dim += action_dim + self.step_embedding.shape[1]  # the state (s, a^k, k)
@@ -301,8 +302,8 @@ class Actor(nn.Module):
     def kernels(self, state, latent, k):
         """Mean and std of the denoising kernel, decay 1 - delta_k / 2 and std of the noising one, (..., action_dim)."""
         delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * torch.sigmoid(self.delta_logit[k - 1])
-        decay, std = 1 - delta / 2, self.prior_std * delta.sqrt()
-        return decay * latent + std * self.net(state), self.std()[k - 1], decay, std  # net: nu sqrt(delta_k) u_theta
+        decay, noising_std = 1 - delta / 2, self.prior_std * delta.sqrt()  # the network is noising_std u_theta
+        return decay * latent + noising_std * self.net(state), self.std()[k - 1], decay, noising_std
 
     def forward(self, obs, noise_scale=1.0):
         """Draw a chain a^K ... a^0, (batch, K + 1, action_dim), for each row of normalised obs (batch, obs_dim)."""
@@ -353,7 +354,7 @@ class Actor(nn.Module):
 def gae(rewards, values, next_values, discounts, traces):
     """Generalised advantage estimate (Schulman et al. 2016, arXiv 1506.02438), all tensors (steps, num_envs).
 
-    discounts: gamma, 0 at a terminal state. traces: gamma lambda, 0 where the episode ends, cut off or terminated.
+    discounts: of next values, 0 at a terminal state. traces: discount times lambda, 0 where an episode ends or is cut.
     """
     advantages = rewards + discounts * next_values - values
     for t in range(len(rewards) - 2, -1, -1):
@@ -595,7 +596,7 @@ def main(args: Args):
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     actor = Actor(envs.single_observation_space, envs.single_action_space, args).to(device)
-    critic = Critic(actor.net[0].in_features, args).to(device)
+    critic = Critic(actor.net[0].in_features, args).to(device)  # sees what the actor sees
     return_scaler = ReturnScaler(args.num_envs, args.gamma).to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change

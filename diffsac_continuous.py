@@ -7,7 +7,7 @@ twin critics Q_i, their Polyak averages Q'_i, and b ~ pi(.|s), b' ~ pi(.|s') dra
     actor        E[ alpha log pi(b|s) - min_i Q_i(s, b) ] = alpha KL( pi(.|s) || exp(Q(s, .) / alpha) / Z(s) ) + const
     temperature  -E[ alpha ( log pi(b|s) + target entropy ) ]
 
-Here K denoising steps lead from a^K ~ q(a^K) = N(0, nu^2 I) to a^0, and b = tanh(a^0), scaled to the action bounds:
+From a^K ~ q(a^K) = N(0, nu^2 I), K steps with a network u_theta and learned delta_k lead to a^0; b = tanh(a^0), scaled:
 
     denoising  q(a^(k-1) | a^k, s) = N( (1 - delta_k / 2) a^k + nu^2 delta_k u_theta(s, a^k, k), nu^2 delta_k I )   (1)
     noising    pi(a^k | a^(k-1))   = N( (1 - delta_k / 2) a^(k-1), nu^2 delta_k I )                                  (2)
@@ -96,7 +96,7 @@ class Args:
     gamma: float = 0.99
     "discount factor"
     tau: float = 0.005
-    "weight of the new critic in each Polyak update of the target critic"
+    "weight of the new critic in each Polyak update of the target networks"
     batch_size: int = 256
     "transitions in one gradient step"
     learning_starts: int = 5_000
@@ -360,13 +360,13 @@ def critic_loss(actor, qf, qf_target, batch, alpha, gamma):
 
 
 def policy_loss(actor, qf, obs, alpha):
-    """alpha times the reverse KL from the policy to exp(Q / alpha) / Z, up to a constant; and log_prob (batch,)."""
+    """alpha times the reverse KL to exp(Q / alpha) / Z, of actions or chains, but for a constant; log_prob (batch,)."""
     actions, log_prob = actor.sample(obs)
     return (alpha * log_prob - qf(obs, actions).amin(0)).mean(), log_prob
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises the temperature while the entropy, -E[log_prob], is below its target."""
+    """Raises the temperature while the mean of -log_prob is below the target entropy."""
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 

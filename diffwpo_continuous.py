@@ -7,13 +7,13 @@ twin critics Q_i, their Polyak averages Q'_i, and b ~ pi(.|s), b' ~ pi(.|s') dra
     actor        E[ alpha log pi(b|s) - min_i Q_i(s, b) ] = alpha KL( pi(.|s) || exp(Q(s, .) / alpha) / Z(s) ) + const
     temperature  -E[ alpha ( log pi(b|s) + target entropy ) ]
 
-WPO descends the actor's loss by the steepest path in the 2-Wasserstein distance, before squashing and with a penalty on
-the KL from the averaged policy: each action flows with velocity v, and this flow is projected on the parameters,
+WPO takes the steepest path in the 2-Wasserstein distance, with a penalty on the KL from the averaged policy. Let x be b
+before squashing, p its density, phi its mean and std, F their Fisher information; p flows with velocity v, projected:
 
-    flow         d pi / dt = -div_a( pi v ),   v(s, a) = grad_a [ min_i Q_i(s, a) - alpha log pi(a|s) ]            (W1)
-    projection   d theta / dt = E[ F^-1 ( grad_theta grad_a log pi(a|s) ) v(s, a) ]                                (W2)
+    flow         d p / dt = -div_x( p v ),   v(s, x) = grad_x [ min_i Q_i(s, b) - alpha log pi(b|s) ]              (W1)
+    projection   d phi / dt = E[ F^-1 ( grad_phi grad_x log p(x|s) ) v(s, x) ]                                     (W2)
 
-Here K denoising steps lead from a^K ~ q(a^K) = N(0, nu^2 I) to a^0, and b = tanh(a^0), scaled to the action bounds:
+From a^K ~ q(a^K) = N(0, nu^2 I), K steps with a network u_theta and learned delta_k lead to a^0; b = tanh(a^0), scaled:
 
     denoising  q(a^(k-1) | a^k, s) = N( (1 - delta_k / 2) a^k + nu^2 delta_k u_theta(s, a^k, k), nu^2 delta_k I )   (1)
     noising    pi(a^k | a^(k-1))   = N( (1 - delta_k / 2) a^(k-1), nu^2 delta_k I )                                  (2)
@@ -24,11 +24,11 @@ on the one above. It has the same form, with log pi(b|s) replaced by the path lo
     log q(a^K) + sum_k l_k - log |db / da^0|,   l_k = log q(a^(k-1) | a^k, s) - log pi(a^k | a^(k-1)),               (3)
 
 the negative mean of which is a lower bound on the entropy. `Actor` returns it as `log_prob`. (W2) moves every denoising
-kernel, with its own F. For its sample a^(k-1), (W1) is the gradient through the rest of the chain, at constant a^k,
+kernel, with its own F. For x = a^(k-1) the velocity v is the gradient through the rest of the chain, at constant a^k,
 
     v_k = grad [ min_i Q_i(s, b) + alpha log |db / da^0| - alpha sum_(j<=k) l_j ],                                   (4)
 
-without a critic of latents. delta also follows alpha grad_theta log pi(a^k | a^(k-1)). On average this is DiffSAC.
+without a critic of latents. delta also follows alpha grad_theta log pi(a^k | a^(k-1)). The mean is DiffSAC's gradient.
 
     python diffwpo_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffwpo_continuous.py --resume runs/<run>/checkpoint.pt
@@ -107,7 +107,7 @@ class Args:
     gamma: float = 0.99
     "discount factor"
     tau: float = 0.005
-    "weight of the new critic in each Polyak update of the target critic"
+    "weight of the new critic in each Polyak update of the target networks"
     batch_size: int = 256
     "transitions in one gradient step"
     learning_starts: int = 5_000
@@ -259,10 +259,10 @@ class ReplayBuffer:
 
 def n_step_transitions(window, gamma, obs, next_obs, actions, rewards, terminations, ended):
     """Add a step to `window`, a deque of the last n; yield what it completes, rows over n steps or up to an end."""
-    window.append((obs, actions, 0 * rewards, 0 * rewards + 1, ended | True))
+    window.append((obs, actions, 0 * rewards, 0 * rewards + 1, np.ones_like(ended)))
     for i, (first_obs, first_actions, returns, discounts, going) in enumerate(window):
         returns += discounts * rewards
-        done = going & (ended | (len(window) == window.maxlen + i))
+        done = going & (ended | (i == 0 and len(window) == window.maxlen))  # the oldest row is complete
         # terminations such that gamma (1 - terminations) is the discount over all these steps
         yield first_obs[done], next_obs[done], first_actions[done], returns[done], (1 - discounts * ~terminations)[done]
         discounts *= gamma
@@ -426,7 +426,7 @@ def policy_loss(actor, actor_target, qf, obs, alpha, args):
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises the temperature while the entropy, -E[log_prob], is below its target."""
+    """Raises the temperature while the mean of -log_prob is below the target entropy."""
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 

@@ -8,9 +8,9 @@ from a^K ~ N(0, nu^2 I) to a^0, and b = tanh(a^0), scaled; eta_k = delta c_k / k
     log-ratio  L = log N(a^K; 0, nu^2) + sum_k [ log q - log pi ] - log |db / da^0|,  -E[L] <= H(pi(.|s))            (3)
 
 The losses are SAC's with L for log pi(b|s), through the whole chain, on twin categorical critics over atoms z_i (C51),
-without target networks but with batch renormalisation (CrossQ); L' is that of the unscaled action:
+without target networks but with batch renormalisation (CrossQ); L' is that of a fresh b' at s', before scaling:
 
-    critic       cross-entropy to the twins' mixture, projected from R + gamma (1 - terminated) ( z_i - alpha L' )   (4)
+    critic       cross-entropy to the twins' mixture on R + gamma (1 - terminated) ( z_i - alpha L' ), less 0.005 H  (4)
     actor        E[ alpha L - mean_j E[Z_j(s, b)] ]                                                                  (5)
     temperature  -E[ alpha ( L + target entropy ) ]
 
@@ -430,7 +430,7 @@ def policy_loss(actor, qf, obs, alpha):
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises the temperature while the entropy, -E[log_prob], is below its target."""
+    """Raises the temperature while the mean of -log_prob is below the target entropy."""
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
@@ -687,7 +687,7 @@ def main(args: Args):
     # TRY NOT TO MODIFY: start the game
     obs, _ = envs.reset(seed=env_seed)
     metrics, updates_due = {}, checkpoint["updates_due"] if checkpoint else 0.0
-    start_step, start_time, gradient_step = global_step, time.time(), int(qf.norms[0].batches)
+    start_step, start_time, gradient_step = global_step, time.time(), int(qf.norms[0].batches)  # norms count them
     progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
     while global_step < args.total_timesteps and not stop:
         # ALGO LOGIC: put action logic here

@@ -1,7 +1,8 @@
 """PPO: proximal policy optimisation, tanh-Gaussian policy (Schulman et al. 2017, arXiv 1707.06347). Docs: docs/ppo.md
 
 Maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]: the entropy is part of the reward and so of the soft value V;
-alpha = 0 leaves it out. On data (s, a, R, s') of the policy pi_old, with the ratio r = pi(a|s) / pi_old(a|s),
+alpha = 0 leaves it out. On data (s, a, R, s') of the policy pi_old, R in units of the returns' standard deviation, with
+the ratio r = pi(a|s) / pi_old(a|s), A_(t+1) = 0 once an episode has ended, and A standardised in each minibatch,
 
     advantage  A_t = d_t + gamma lambda A_(t+1),  d_t = R - alpha log pi_old(a|s) + gamma (1 - terminated) V(s') - V(s)
     actor      -E[ min( r A, clip(r, 1 - eps, 1 + eps) A ) ],  where A is refreshed: A_t + alpha ( log pi_old - log pi )
@@ -164,7 +165,7 @@ def make_env(env_id, seed, idx, capture_video, run_name):
 
 
 class Rollout(NamedTuple):
-    """Data of one rollout, (num_steps, num_envs) or with one more axis, obs_dim or action_dim."""
+    """Data of one rollout, (num_steps, num_envs) or with more axes, as obs_dim and action_dim."""
 
     obs: torch.Tensor
     next_obs: torch.Tensor  # after an episode's end its last observation, not the first one of the next episode
@@ -230,14 +231,14 @@ def mlp(sizes, last_gain):
 
 
 class Critic(nn.Module):
-    """Soft value V(s), in units of the scaled rewards."""
+    """Soft value of a state, in units of the scaled rewards."""
 
     def __init__(self, obs_dim, args):
         super().__init__()
         self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, 1), last_gain=1.0)
 
     def forward(self, obs):
-        """Values (batch,) of normalised obs (batch, obs_dim)."""
+        """Values (batch,) of states (batch, obs_dim), their observations normalised."""
         return self.net(obs).squeeze(-1)
 
 
@@ -293,7 +294,7 @@ class Actor(nn.Module):
 def gae(rewards, values, next_values, discounts, traces):
     """Generalised advantage estimate (Schulman et al. 2016, arXiv 1506.02438), all tensors (steps, num_envs).
 
-    discounts: gamma, 0 at a terminal state. traces: gamma lambda, 0 where the episode ends, cut off or terminated.
+    discounts: of next values, 0 at a terminal state. traces: discount times lambda, 0 where an episode ends or is cut.
     """
     advantages = rewards + discounts * next_values - values
     for t in range(len(rewards) - 2, -1, -1):
@@ -516,7 +517,7 @@ def main(args: Args):
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     actor = Actor(envs.single_observation_space, envs.single_action_space, args).to(device)
-    critic = Critic(actor.net[0].in_features, args).to(device)
+    critic = Critic(actor.net[0].in_features, args).to(device)  # sees what the actor sees
     return_scaler = ReturnScaler(args.num_envs, args.gamma).to(device)
     parameters = [*actor.parameters(), *critic.parameters()]
     rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change

@@ -84,7 +84,7 @@ class Args:
     gamma: float = 0.99
     "discount factor"
     tau: float = 0.005
-    "weight of the new critic in each Polyak update of the target critic"
+    "weight of the new critic in each Polyak update of the target networks"
     batch_size: int = 256
     "transitions in one gradient step"
     learning_starts: int = 5_000
@@ -286,13 +286,13 @@ def critic_loss(actor, qf, qf_target, batch, alpha, gamma):
 
 
 def policy_loss(actor, qf, obs, alpha):
-    """alpha times the reverse KL from the policy to exp(Q / alpha) / Z, up to a constant; and log_prob (batch,)."""
+    """alpha times the reverse KL to exp(Q / alpha) / Z, of actions or chains, but for a constant; log_prob (batch,)."""
     actions, log_prob = actor.sample(obs)
     return (alpha * log_prob - qf(obs, actions).amin(0)).mean(), log_prob
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises the temperature while the entropy, -E[log_prob], is below its target."""
+    """Raises the temperature while the mean of -log_prob is below the target entropy."""
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 

@@ -1,6 +1,9 @@
 """tools/plot.py: what a run logged arrives unchanged in csv, table and figure. tools/enjoy.py: returns of a policy."""
 
 import json
+import os
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -34,6 +37,26 @@ def test_export_table_and_figure(monkeypatch, tmp_path, capsys):
     assert f"| Pendulum-v1 | sac | 1, 2 | 60 | {final.mean():.1f} ± {final.std():.1f} |" in capsys.readouterr().out
     plot.figure(files, to=tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exported_commit_is_the_one_of_the_runs_start(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    clock = int(time.time())
+
+    def git(*words, at=clock):
+        stamp = {"GIT_AUTHOR_DATE": f"{at} +0200", "GIT_COMMITTER_DATE": f"{at} +0200"}
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", *words]
+        return subprocess.run(
+            command, env=os.environ | stamp, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    git("init", "-q")
+    commits = []
+    for at in (clock - 200, clock - 100, clock + 100):  # the last one after the run
+        git("commit", "-q", "--allow-empty", "-m", "x", at=at)
+        commits.append(git("rev-parse", "HEAD"))
+    assert run_script(monkeypatch, sac_continuous, *FLAGS, "--no-progress") == 0
+    assert plot.read_events(next(tmp_path.glob("runs/*"))).facts["commit"] == commits[1]
 
 
 def test_export_thins_curves_to_one_value_in_an_interval(monkeypatch, tmp_path):

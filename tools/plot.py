@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,13 +43,14 @@ class Run:
 
 
 def read_events(run_dir):
-    """Read a run folder's TensorBoard events, and the commit of the code beside it."""
+    """Read a run folder's TensorBoard events, and the commit that was checked out beside it when the run began."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
-    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("hyperparameters/text_summary")]
+    starts = events.Tensors("hyperparameters/text_summary")  # several if the run was resumed
+    texts = [event.tensor_proto.string_val[0].decode() for event in starts]
     tables = [dict(line.strip("|").split("|", 1) for line in text.splitlines()[2:]) for text in texts]
     facts = tables[-1]
-    facts["command"] = " && ".join(table["command"] for table in tables)  # several if the run was resumed
+    facts["command"] = " && ".join(table["command"] for table in tables)
 
     def git(*words):
         words = ["git", "-C", str(run_dir), *words]
@@ -56,7 +58,8 @@ def read_events(run_dir):
 
     top = git("rev-parse", "--show-toplevel")
     facts = {key: value.replace(f"{top}/", "") if top else value for key, value in facts.items()}
-    facts["commit"] = git("rev-parse", "HEAD") or "unknown"
+    began = datetime.fromtimestamp(starts[0].wall_time, UTC).isoformat(timespec="seconds")
+    facts["commit"] = git("rev-parse", "--verify", f"HEAD@{{{began}}}") or "unknown"  # by the reflog
     facts |= {name: version(name) for name in ("mujoco", "numpy") if name not in facts}
     curves = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
     return Run(facts, {name: curve for name, curve in sorted(curves.items()) if METRICS.fullmatch(name)})
