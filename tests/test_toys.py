@@ -191,6 +191,9 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == ["sac, seed 1", "diffppo, seed 1"]
     assert [row.split("|")[2].strip() for row in rows] == ["0.05", "1"]
+    multimodality.table(checkpoints, samples=200, trajectories=10, distinguish=("alpha", "delta_last"))
+    names = [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["sac alpha=0.05 delta_last=None, seed 1", "diffppo alpha=1.0 delta_last=0.01, seed 1"]
     multimodality.table([checkpoints[1]] * 2, samples=200, trajectories=10, modes=tmp_path / "modes.csv")
     single, _, mean = (row.split("|") for row in capsys.readouterr().out.splitlines()[2:])
     assert mean[1].strip() == "diffppo, TurningGMM-v0, 2 runs" and mean[3].strip() == single[3].strip() + " ± 0.000"

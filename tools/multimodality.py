@@ -45,15 +45,18 @@ CELLS = {"TurningDoubleWell-v0": 40, "TurningGMM-v0": 100}  # of the histograms
 class Policy:
     """A checkpoint's actor, the script's arguments, the environment and its temperature."""
 
-    name: str
+    name: str  # without the seed
     actor: torch.nn.Module
     args: object
     env: toys.Turning
     alpha: float
 
 
-def load_policy(path):
-    """Load the actor of any script's checkpoint; refuses what was not trained on toys/."""
+def load_policy(path, distinguish=()):
+    """Load the actor of any script's checkpoint; refuses what was not trained on toys/.
+
+    The arguments named by `distinguish`, such as alpha_anneal, become part of its name.
+    """
     actor, checkpoint = load_actor(path)
     args = checkpoint["args"]
     if not args.env_id.startswith("toys:"):
@@ -61,7 +64,9 @@ def load_policy(path):
     alpha = args.alpha
     if getattr(args, "autotune", False):
         alpha = checkpoint["temperature"]["log_alpha"].exp().item()
-    name = f"{args.exp_name.removesuffix('_continuous')}, seed {args.seed}"
+    name = " ".join(
+        [args.exp_name.removesuffix("_continuous"), *(f"{key}={getattr(args, key, None)}" for key in distinguish)]
+    )
     return Policy(name, actor, args, gym.make(args.env_id).unwrapped, alpha)
 
 
@@ -167,16 +172,21 @@ def table(
     figure: Path | None = None,
     columns: int = 3,
     modes: Path | None = None,
+    distinguish: tuple[str, ...] = (),
 ) -> None:
-    """Print the table, from `samples` actions at each heading and `trajectories` episodes; draw the histograms."""
+    """Print the table, from `samples` actions at each heading and `trajectories` episodes; draw the histograms.
+
+    The arguments named by `distinguish`, such as alpha_anneal, go into the first column, and runs that differ in them
+    are not averaged.
+    """
     results, rows_of = [], defaultdict(list)
     print("| policy | alpha | TV | modes (least) | E[R] (regret) | evidence gap | log Z error, ESS: step | episode |")
     print("|---|---|---|---|---|---|---|---|")
     for path in checkpoints:
-        policy = load_policy(path)
+        policy = load_policy(path, distinguish)
         results.append((policy, *compare(policy, samples, trajectories)))
-        rows_of[policy.name.split(",")[0], policy.args.env_id, policy.alpha].append(results[-1][1])
-        print(markdown(policy.name, policy.alpha, [results[-1][1]]), flush=True)
+        rows_of[policy.name, policy.args.env_id, policy.alpha].append(results[-1][1])
+        print(markdown(f"{policy.name}, seed {policy.args.seed}", policy.alpha, [results[-1][1]]), flush=True)
     for (name, env_id, alpha), rows in rows_of.items():
         if len(rows) > 1:
             print(markdown(f"{name}, {env_id.removeprefix('toys:')}, {len(rows)} runs", alpha, rows))
@@ -186,7 +196,7 @@ def table(
             writer = csv.writer(file)
             writer.writerow(("env_id", "script", "seed", "heading", "mode", "exact_mass", "mass"))
             for policy, row, *_ in results:
-                run = (policy.args.env_id, policy.name.split(",")[0], policy.args.seed)
+                run = (policy.args.env_id, policy.name, policy.args.seed)
                 writer.writerows((*run, *(f"{x:.4g}" for x in mode)) for mode in row["modes"])
     if figure:
         drawing, axes = plt.subplots(len(results), columns, figsize=(3.2 * columns, 1.9 * len(results)), squeeze=False)
@@ -195,7 +205,7 @@ def table(
             for axis, i in zip(axis_row, np.linspace(0, len(headings) - 1, columns).astype(int), strict=True):
                 axis.stairs(histograms[i] / width, edges, fill=True, color="#56B4E9", label="policy")
                 axis.stairs(masses[i] / width, edges, color="black", linewidth=1.2, label="exact")
-                axis.set_title(f"{policy.name}, heading {np.rad2deg(headings[i]):.0f}°", fontsize=9)
+                axis.set_title(f"{policy.name}, seed {policy.args.seed}, {np.rad2deg(headings[i]):.0f}°", fontsize=9)
                 axis.set_xlim(-1, 1)
         for axis in axes[-1]:
             axis.set_xlabel("action")
@@ -248,7 +258,9 @@ def chain(
     axis.set_xticks(range(steps + 2), [f"$a^{{{k}}}$" for k in range(steps, -1, -1)] + ["exact"])
     axis.set_ylabel("tanh of the latent")
     axis.set_ylim(-1, 1)
-    axis.set_title(f"{policy.name}: from the prior to the action, heading {heading:g}°", fontsize=10)
+    axis.set_title(
+        f"{policy.name}, seed {policy.args.seed}: from the prior to the action, heading {heading:g}°", fontsize=10
+    )
     save(drawing, figure)
 
 
