@@ -170,11 +170,11 @@ def table(
     samples: int = 20_000,
     trajectories: int = 1_000,
     figure: Path | None = None,
-    columns: int = 3,
+    headings: int = 3,
     modes: Path | None = None,
     distinguish: tuple[str, ...] = (),
 ) -> None:
-    """Print the table, from `samples` actions at each heading and `trajectories` episodes; draw the histograms.
+    """Print the table, from `samples` actions at each heading and `trajectories` episodes; draw some histograms.
 
     The arguments named by `distinguish`, such as alpha_anneal, go into the first column, and runs that differ in them
     are not averaged.
@@ -199,17 +199,20 @@ def table(
                 run = (policy.args.env_id, policy.name, policy.args.seed)
                 writer.writerows((*run, *(f"{x:.4g}" for x in mode)) for mode in row["modes"])
     if figure:
-        drawing, axes = plt.subplots(len(results), columns, figsize=(3.2 * columns, 1.9 * len(results)), squeeze=False)
-        for axis_row, (policy, _, headings, edges, histograms, masses) in zip(axes, results, strict=True):
+        drawing, axes = plt.subplots(
+            headings, len(results), figsize=(2.1 * len(results), 1.9 * headings), squeeze=False
+        )
+        for column, (policy, _, angles, edges, histograms, masses) in zip(axes.T, results, strict=True):
             width = edges[1] - edges[0]
-            for axis, i in zip(axis_row, np.linspace(0, len(headings) - 1, columns).astype(int), strict=True):
+            column[0].set_title(f"{policy.name}, seed {policy.args.seed}", fontsize=9)
+            column[-1].set_xlabel("action")
+            for axis, i in zip(column, np.linspace(0, len(angles) - 1, headings).astype(int), strict=True):
                 axis.stairs(histograms[i] / width, edges, fill=True, color="#56B4E9", label="policy")
                 axis.stairs(masses[i] / width, edges, color="black", linewidth=1.2, label="exact")
-                axis.set_title(f"{policy.name}, seed {policy.args.seed}, {np.rad2deg(headings[i]):.0f}°", fontsize=9)
                 axis.set_xlim(-1, 1)
-        for axis in axes[-1]:
-            axis.set_xlabel("action")
-        axes[0, 0].legend(fontsize=8, frameon=False)
+                if axis in axes[:, 0]:
+                    axis.set_ylabel(f"heading {np.rad2deg(angles[i]):.0f}°", fontsize=9)
+        axes[0, 0].legend(fontsize=6, frameon=False, handlelength=1)
         save(drawing, figure)
 
 
