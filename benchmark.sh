@@ -48,16 +48,17 @@ toy)
     off="--no-autotune --policy-lr 0.001 --learning-starts 1000 --eval-frequency 0 --checkpoint-frequency 5000"
     well_off="$well $off --total-timesteps 20000 --hidden-dim 64"
     # annealing and larger batches keep more of the GMM's narrow modes: docs/multimodality.md
-    gmm_off="$gmm $off --total-timesteps 25000 --hidden-dim 128 --batch-size 512 --alpha-anneal 10"
+    gmm_off="$gmm $off --hidden-dim 128 --alpha-anneal 10"
+    larger="--total-timesteps 25000 --batch-size 512"
     on="--total-timesteps 400000 --eval-frequency 0"
     run --seeds 1 2 3 "$@" --commands \
         "{sac_continuous.py,wpo_continuous.py} $well_off" \
         "{diffsac_continuous.py,diffwpo_continuous.py} $well_off --diffusion-steps 8" \
         "dime.py $well_off --diffusion-steps 8 --prior-std 1 --critic-dim 64 --v-min -2 --v-max 12" \
         "{ppo_continuous.py,diffppo_continuous.py} $well $on" \
-        "{sac_continuous.py,wpo_continuous.py} $gmm_off" \
-        "{diffsac_continuous.py,diffwpo_continuous.py} $gmm_off --diffusion-steps 8" \
-        "dime.py $gmm_off --diffusion-steps 8 --prior-std 1 --critic-dim 128 --v-min -200 --v-max 40" \
+        "{sac_continuous.py,wpo_continuous.py} $gmm_off $larger" \
+        "{diffsac_continuous.py,diffwpo_continuous.py} $gmm_off $larger --diffusion-steps 8" \
+        "dime.py $gmm_off --total-timesteps 20000 --diffusion-steps 8 --prior-std 1 --critic-dim 128 --v-min -200 --v-max 40" \
         "{ppo_continuous.py,diffppo_continuous.py} $gmm $on"
     ;;
 *)
