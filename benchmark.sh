@@ -47,7 +47,7 @@ toy)
     gmm="--env-id toys:TurningGMM-v0 --alpha 1 --gamma 0.9"
     off="--no-autotune --policy-lr 0.001 --learning-starts 1000 --eval-frequency 0 --checkpoint-frequency 5000"
     well_off="$well $off --total-timesteps 20000 --hidden-dim 64"
-    # annealing and larger batches keep more of the GMM's narrow modes: docs/multimodality.md
+    # annealing and batch size were chosen for the GMM's narrow modes: docs/multimodality.md
     gmm_off="$gmm $off --hidden-dim 128 --alpha-anneal 10"
     larger="--total-timesteps 25000 --batch-size 512"
     on="--total-timesteps 400000 --eval-frequency 0"

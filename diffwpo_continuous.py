@@ -8,7 +8,7 @@ twin critics Q_i, their Polyak averages Q'_i, and b ~ pi(.|s), b' ~ pi(.|s') dra
     temperature  -E[ alpha ( log pi(b|s) + target entropy ) ]
 
 WPO takes the steepest path in the 2-Wasserstein distance, with a penalty on the KL from the averaged policy. Let x be b
-before squashing, p its density, phi its mean and std, F their Fisher information; p flows with velocity v, projected:
+before squashing, p its density, phi the mean and std of p, F their Fisher information; theta moves phi by chain rule:
 
     flow         d p / dt = -div_x( p v ),   v(s, x) = grad_x [ min_i Q_i(s, b) - alpha log pi(b|s) ]              (W1)
     projection   d phi / dt = E[ F^-1 ( grad_phi grad_x log p(x|s) ) v(s, x) ]                                     (W2)
@@ -28,7 +28,7 @@ kernel, with its own F. For x = a^(k-1) the velocity v is the gradient through t
 
     v_k = grad [ min_i Q_i(s, b) + alpha log |db / da^0| - alpha sum_(j<=k) l_j ],                                   (4)
 
-without a critic of latents. delta also follows alpha grad_theta log pi(a^k | a^(k-1)). The mean is DiffSAC's gradient.
+without a latent critic. delta also follows alpha grad_theta log pi(a^k | a^(k-1)). Mean: DiffSAC's, and the penalty's.
 
     python diffwpo_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffwpo_continuous.py --resume runs/<run>/checkpoint.pt

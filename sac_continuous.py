@@ -286,7 +286,7 @@ def critic_loss(actor, qf, qf_target, batch, alpha, gamma):
 
 
 def policy_loss(actor, qf, obs, alpha):
-    """alpha times the reverse KL to exp(Q / alpha) / Z, of actions or chains, but for a constant; log_prob (batch,)."""
+    """alpha times a reverse KL to exp(Q / alpha) / Z, but for a constant; and log_prob (batch,)."""
     actions, log_prob = actor.sample(obs)
     return (alpha * log_prob - qf(obs, actions).amin(0)).mean(), log_prob
 

@@ -8,7 +8,7 @@ twin critics Q_i, their Polyak averages Q'_i, and b ~ pi(.|s), b' ~ pi(.|s') dra
     temperature  -E[ alpha ( log pi(b|s) + target entropy ) ]
 
 WPO takes the steepest path in the 2-Wasserstein distance, with a penalty on the KL from the averaged policy. Let x be b
-before squashing, p its density, phi its mean and std, F their Fisher information; p flows with velocity v, projected:
+before squashing, p its density, phi the mean and std of p, F their Fisher information; theta moves phi by chain rule:
 
     flow         d p / dt = -div_x( p v ),   v(s, x) = grad_x [ min_i Q_i(s, b) - alpha log pi(b|s) ]              (W1)
     projection   d phi / dt = E[ F^-1 ( grad_phi grad_x log p(x|s) ) v(s, x) ]                                     (W2)
