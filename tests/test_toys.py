@@ -121,14 +121,14 @@ def test_gmm_optimum_at_another_temperature_satisfies_the_soft_bellman_equation(
 
 
 class Exact(torch.nn.Module):
-    """A policy that draws from the exact density of the double well, or from its right half alone."""
+    """A policy that draws from the exact density of the double well, its left half times `left`."""
 
-    def __init__(self, alpha, right_only=False):
+    def __init__(self, alpha, left=1.0):
         super().__init__()
-        self.exact, self.right_only = toys.optimum(toys.TurningDoubleWell(), alpha), right_only
+        self.exact, self.left = toys.optimum(toys.TurningDoubleWell(), alpha), left
 
     def sample(self, obs):
-        density = self.exact.density[0] * (2 * (self.exact.actions > 0) if self.right_only else 1)
+        density = self.exact.density[0] * np.where(self.exact.actions > 0, 1, self.left) * 2 / (1 + self.left)
         cell = np.random.default_rng(len(obs)).choice(len(density), size=len(obs), p=density / density.sum())
         spread = (np.random.default_rng(1).uniform(size=len(obs)) - 0.5) * 2 / len(density)
         action = torch.as_tensor(self.exact.actions[cell] + spread)
@@ -150,7 +150,7 @@ def test_table_of_the_exact_policy():
 
 def test_table_of_a_policy_with_one_mode():
     """Right half only: TV 1/2, half of the modes, a KL of log 2 a step, and half of Z from its samples."""
-    row = multimodality.compare(policy_of(Exact(0.05, right_only=True), 0.05), 20_000, 200)[0]
+    row = multimodality.compare(policy_of(Exact(0.05, left=0.0), 0.05), 20_000, 200)[0]
     assert row["tv"] == pytest.approx(0.5, abs=0.02) and (row["kept"], len(row["modes"])) == (8, 16)
     for heading, mode, exact_mass, mass in row["modes"]:
         assert heading % 45 == pytest.approx(0) and exact_mass == pytest.approx(0.5)
@@ -158,6 +158,12 @@ def test_table_of_a_policy_with_one_mode():
     assert row["gap"] == pytest.approx(np.log(2), abs=1e-3) and abs(row["regret"]) < 0.003
     assert row["single_error"] == pytest.approx(-np.log(2), abs=1e-3)
     assert row["episode_error"] == pytest.approx(-np.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("left,kept", [(0.2, 16), (0.1, 8)])  # masses of the left mode: 1 / 6 and 1 / 11 of 1 / 2
+def test_a_mode_is_kept_from_a_quarter_of_its_mass_on(left, kept):
+    row = multimodality.compare(policy_of(Exact(0.05, left), 0.05), 20_000, 10)[0]
+    assert row["kept"] == kept and row["least"] == pytest.approx(2 * left / (1 + left), abs=0.02)
 
 
 @pytest.mark.parametrize("script", [diffsac_continuous, diffppo_continuous, dime])
