@@ -1,5 +1,5 @@
 #!/bin/sh
-# The figures of README and docs, and table.md, from the curves in results/: ./results/figures.sh
+# The learning curves of README and docs, and table.md, from the curves in results/: ./results/figures.sh
 set -e
 cd "$(dirname "$0")/.."
 plot() { python tools/plot.py "$@"; }
