@@ -47,9 +47,11 @@ toy)
     gmm="--env-id toys:TurningGMM-v0 --alpha 1 --gamma 0.9"
     off="--no-autotune --policy-lr 0.001 --learning-starts 1000 --eval-frequency 0 --checkpoint-frequency 5000"
     well_off="$well $off --total-timesteps 20000 --hidden-dim 64"
-    # annealing and batch size were chosen for the GMM's narrow modes: docs/multimodality.md
-    gmm_off="$gmm $off --hidden-dim 128 --alpha-anneal 10"
+    # annealing, batch size and DIME's ratio of updates were chosen for the GMM's narrow modes: docs/multimodality.md
+    anneal="--alpha-anneal 10"
+    gmm_off="$gmm $off --hidden-dim 128 $anneal"
     larger="--total-timesteps 25000 --batch-size 512"
+    slower="--total-timesteps 30000 --utd 1 --policy-delay 1"
     on="--total-timesteps 400000 --eval-frequency 0"
     run --seeds 1 2 3 "$@" --commands \
         "{sac_continuous.py,wpo_continuous.py} $well_off" \
@@ -58,8 +60,8 @@ toy)
         "{ppo_continuous.py,diffppo_continuous.py} $well $on" \
         "{sac_continuous.py,wpo_continuous.py} $gmm_off $larger" \
         "{diffsac_continuous.py,diffwpo_continuous.py} $gmm_off $larger --diffusion-steps 8" \
-        "dime.py $gmm_off --total-timesteps 20000 --diffusion-steps 8 --prior-std 1 --critic-dim 128 --v-min -200 --v-max 40" \
-        "{ppo_continuous.py,diffppo_continuous.py} $gmm $on"
+        "dime.py $gmm_off $slower --diffusion-steps 8 --prior-std 1 --critic-dim 128 --v-min -200 --v-max 40" \
+        "{ppo_continuous.py,diffppo_continuous.py} $gmm $on $anneal"
     ;;
 *)
     sed -n '2,14s/^# \{0,1\}//p' "$0" >&2

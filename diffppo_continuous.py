@@ -1,7 +1,7 @@
 """DiffPPO: PPO with a diffusion policy (Sanokowski, Patil, Knoll 2025, arXiv 2512.02019). Docs: docs/diffppo.md
 
 Maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]: the entropy is part of the reward and so of the soft value V;
-alpha = 0 leaves it out. On data (s, a, R, s') of the policy pi_old, R in units of the returns' standard deviation, with
+alpha = 0 leaves it out. On data (s, a, R, s') of pi_old, R and alpha in units of the returns' standard deviation, with
 the ratio r = pi(a|s) / pi_old(a|s), A_(t+1) = 0 once an episode has ended, and A standardised in each minibatch,
 
     advantage  A_t = d_t + gamma lambda A_(t+1),  d_t = R - alpha log pi_old(a|s) + gamma (1 - terminated) V(s') - V(s)
@@ -23,6 +23,7 @@ alpha = 0 is close to DPPO (Ren et al. 2024, arXiv 2409.00588), with a value fun
     python diffppo_continuous.py --resume runs/<run>/checkpoint.pt
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import math
@@ -113,6 +114,8 @@ class Args:
     "weight of an entropy bonus in the loss: the usual form, which does not look ahead"
     alpha: float = 0.01
     "temperature: weight of the entropy in the reward, in units of the reward"
+    alpha_anneal: float = 1.0
+    "start at this multiple of --alpha and fall to it geometrically in 70 % of the run"
     vf_coef: float = 0.5
     "weight of the critic's loss"
     max_grad_norm: float = 0.5
@@ -137,7 +140,7 @@ class Args:
     def __post_init__(self):
         at_least_one = "total_timesteps num_envs torch_threads eval_episodes num_steps num_minibatches update_epochs"
         not_negative = "seed eval_frequency checkpoint_frequency learning_rate clip_coef ent_coef alpha vf_coef"
-        for names, least in ((at_least_one + " hidden_dim", 1), (not_negative + " max_grad_norm", 0)):
+        for names, least in ((at_least_one + " hidden_dim alpha_anneal", 1), (not_negative + " max_grad_norm", 0)):
             for name in names.split():
                 if not least <= getattr(self, name) < math.inf:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
@@ -145,6 +148,10 @@ class Args:
             raise ValueError(f"--seed must be below 2**32, not {self.seed}")
         if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
             raise ValueError(f"--gamma and --gae-lambda must lie in [0, 1], not {self.gamma} and {self.gae_lambda}")
+        if self.alpha_anneal > 1 and self.alpha == 0:
+            raise ValueError("--alpha-anneal above 1 needs a positive --alpha")
+        if not 0 <= (self.target_kl or 0) < math.inf:
+            raise ValueError(f"--target-kl must be at least 0, not {self.target_kl}")
         if self.num_envs * self.num_steps < 2 * self.num_minibatches:
             raise ValueError("--num-envs times --num-steps must be at least twice --num-minibatches")
         if not (DELTA_MIN < self.delta_last <= self.delta_first < DELTA_MAX):
@@ -178,7 +185,7 @@ def make_env(env_id, seed, idx, capture_video, run_name):
                 fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
             if record:
                 env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
-        except (gym.error.Error, ImportError) as error:
+        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
             fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
         env = gym.wrappers.RecordEpisodeStatistics(env)
         env.action_space.seed(seed + idx)
@@ -277,6 +284,8 @@ class Actor(nn.Module):
         low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
+        self.register_buffer("action_low", low, persistent=False)
+        self.register_buffer("action_high", high, persistent=False)
         self.normalizer = RunningNormalizer(obs_dim)
         self.diffusion_steps, self.prior_std = args.diffusion_steps, args.prior_std
         k = torch.arange(1, self.diffusion_steps + 1)
@@ -329,6 +338,7 @@ class Actor(nn.Module):
     def squash(self, latent):
         """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
         action = torch.tanh(latent) * self.action_scale + self.action_bias
+        action = action.clamp(self.action_low, self.action_high)  # rounding may lead out of them
         # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
         log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
         return action, (log_slope + self.action_scale.log()).sum(-1)
@@ -363,7 +373,7 @@ def gae(rewards, values, next_values, discounts, traces):
 
 
 @torch.no_grad()
-def training_rows(actor, critic, return_scaler, rollout, args):
+def training_rows(actor, critic, return_scaler, rollout, alpha, args):
     """Rows of a rollout for `update`, one for each decision, in units of scaled rewards; and their scale.
 
     The columns: arguments of `log_density`, its value, advantages without their own entropy term, returns, values.
@@ -371,11 +381,9 @@ def training_rows(actor, critic, return_scaler, rollout, args):
     obs, next_obs = actor.normalizer(rollout.obs), actor.normalizer(rollout.next_obs)
     chain = actor.chain(obs, rollout.latents)
     log_prob, log_noising = actor.log_density(*chain)
-    soft_rewards = -args.alpha * (log_prob - log_noising)
+    soft_rewards = -alpha * (log_prob - log_noising)
     prior_entropy = (math.log(args.prior_std) + 0.5 * math.log(2 * math.pi * math.e)) * len(actor.action_scale)
-    soft_rewards[..., -1] += rollout.rewards + args.alpha * (
-        prior_entropy + actor.squash(rollout.latents[..., -1, :])[1]
-    )
+    soft_rewards[..., -1] += rollout.rewards + alpha * (prior_entropy + actor.squash(rollout.latents[..., -1, :])[1])
     return_scaler.update(soft_rewards.sum(-1), rollout.ends)
     scale = return_scaler.scale()
     values = critic(chain[0])
@@ -388,7 +396,7 @@ def training_rows(actor, critic, return_scaler, rollout, args):
     traces[..., -1] = args.gamma * args.gae_lambda * (1 - rollout.ends)
     axis = [x.transpose(1, 2).flatten(0, 1) for x in (soft_rewards * scale, values, next_values, discounts, traces)]
     advantages = gae(*axis).view(values.transpose(1, 2).shape).transpose(1, 2)
-    refreshed = advantages + args.alpha * scale * (log_prob - log_noising)  # `update` subtracts the current ones
+    refreshed = advantages + alpha * scale * (log_prob - log_noising)  # `update` subtracts the current ones
     rows = (*chain, log_prob, refreshed, advantages + values, values)
     return tuple(x.flatten(0, 2) for x in rows), scale
 
@@ -590,7 +598,9 @@ def main(args: Args):
     # env setup
     env_seed = args.seed + global_step  # a resumed run starts new episodes
     thunks = [make_env(args.env_id, env_seed, i, args.capture_video, run_dir.name) for i in range(args.num_envs)]
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes of environments inherit it: Ctrl-C is for us
     envs = (AsyncVectorEnv if args.async_envs else SyncVectorEnv)(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+    signal.signal(signal.SIGINT, handler)
     thunks = [make_env(args.env_id, args.seed, i, False, "") for i in range(args.eval_episodes)]
     eval_envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
@@ -666,6 +676,8 @@ def main(args: Args):
     while global_step < args.total_timesteps and not stop:
         if args.anneal_lr:
             rate.fill_(args.learning_rate * (1 - global_step / args.total_timesteps))
+        progress_left = max(0.0, 1 - global_step / (0.7 * args.total_timesteps))
+        alpha = args.alpha * args.alpha_anneal**progress_left
 
         for step in range(args.num_steps):
             global_step += args.num_envs
@@ -691,11 +703,11 @@ def main(args: Args):
         progress.update(batch_steps)
 
         # Optimizing the policy and value network
-        rows, scale = training_rows(actor, critic, return_scaler, rollout, args)
+        rows, scale = training_rows(actor, critic, return_scaler, rollout, alpha, args)
         for _ in range(args.update_epochs):
             order = torch.randperm(len(rows[0]), device=device)
             for batch in zip(*(x[order].tensor_split(args.num_minibatches) for x in rows), strict=True):
-                metrics = update(batch, args.alpha * scale)
+                metrics = update(batch, alpha * scale)
             if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                 break
         actor.normalizer.update(rollout.obs.flatten(0, 1))  # only now: the ratios need what the rollout saw
@@ -708,6 +720,7 @@ def main(args: Args):
         for name, value in metrics.items():
             writer.add_scalar(name, value.mean().item(), global_step)
         writer.add_scalar("charts/learning_rate", rate.item(), global_step)
+        writer.add_scalar("losses/alpha", alpha, global_step)
         writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
         if due(args.eval_frequency) or global_step >= args.total_timesteps:
             for name, returns in evaluate(actor, eval_envs, args.seed, device).items():
@@ -728,7 +741,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:
-        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
-    main(args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?")
+    resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))

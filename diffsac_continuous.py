@@ -23,6 +23,7 @@ the negative mean of which is a lower bound on the entropy. `Actor` returns it a
     python diffsac_continuous.py --resume runs/<run>/checkpoint.pt
 """
 
+import argparse
 import copy
 import importlib.metadata
 import importlib.util
@@ -182,7 +183,7 @@ def make_env(env_id, seed, idx, capture_video, run_name):
                 fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
             if record:
                 env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
-        except (gym.error.Error, ImportError) as error:
+        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
             fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
         env = gym.wrappers.RecordEpisodeStatistics(env)
         env.action_space.seed(seed + idx)
@@ -272,6 +273,8 @@ class Actor(nn.Module):
         low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
+        self.register_buffer("action_low", low, persistent=False)
+        self.register_buffer("action_high", high, persistent=False)
         self.diffusion_steps, self.prior_std = args.diffusion_steps, args.prior_std
         k = torch.arange(1, self.diffusion_steps + 1)
         position = (self.diffusion_steps - k) / max(self.diffusion_steps - 1, 1)  # 0 at step K, 1 at step 1
@@ -315,6 +318,7 @@ class Actor(nn.Module):
     def squash(self, latent):
         """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
         action = torch.tanh(latent) * self.action_scale + self.action_bias
+        action = action.clamp(self.action_low, self.action_high)  # rounding may lead out of them
         # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
         log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
         return action, (log_slope + self.action_scale.log()).sum(-1)
@@ -683,7 +687,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:
-        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
-    main(args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?")
+    resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))

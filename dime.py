@@ -19,6 +19,7 @@ without target networks but with batch renormalisation (CrossQ); L' is that of a
     python dime.py --resume runs/<run>/checkpoint.pt
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import math
@@ -135,9 +136,8 @@ class Args:
     def __post_init__(self):
         at_least_one = "total_timesteps num_envs torch_threads eval_episodes buffer_size batch_size hidden_dim"
         at_least_one += " policy_delay critic_dim diffusion_steps"
-        not_negative = (
-            "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr critic_entropy"
-        )
+        not_negative = "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr"
+        not_negative += " critic_entropy"
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names.split():
                 if not least <= getattr(self, name) < math.inf:
@@ -188,7 +188,7 @@ def make_env(env_id, seed, idx, capture_video, run_name):
                 fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
             if record:
                 env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
-        except (gym.error.Error, ImportError) as error:
+        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
             fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
         env = gym.wrappers.RecordEpisodeStatistics(env)
         env.action_space.seed(seed + idx)
@@ -314,6 +314,8 @@ class Actor(nn.Module):
         low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
+        self.register_buffer("action_low", low, persistent=False)
+        self.register_buffer("action_high", high, persistent=False)
         self.diffusion_steps, self.prior_std = args.diffusion_steps, args.prior_std
         self.log_prior = -0.5 * math.log(2 * math.pi * math.e * args.prior_std**2)  # mean of log N(a^K), per dimension
         index = torch.arange(args.diffusion_steps - 1, -1, -1.0)  # K - k: 0 at the first step
@@ -363,6 +365,7 @@ class Actor(nn.Module):
     def squash(self, latent):
         """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
         action = torch.tanh(latent) * self.action_scale + self.action_bias
+        action = action.clamp(self.action_low, self.action_high)  # rounding may lead out of them
         # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
         log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
         return action, (log_slope + self.action_scale.log()).sum(-1)
@@ -753,7 +756,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:
-        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
-    main(args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?")
+    resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))

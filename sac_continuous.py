@@ -11,6 +11,7 @@ twin critics Q_i, their Polyak averages Q'_i, and b ~ pi(.|s), b' ~ pi(.|s') dra
     python sac_continuous.py --resume runs/<run>/checkpoint.pt
 """
 
+import argparse
 import copy
 import importlib.metadata
 import importlib.util
@@ -154,7 +155,7 @@ def make_env(env_id, seed, idx, capture_video, run_name):
                 fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
             if record:
                 env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
-        except (gym.error.Error, ImportError) as error:
+        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
             fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
         env = gym.wrappers.RecordEpisodeStatistics(env)
         env.action_space.seed(seed + idx)
@@ -241,6 +242,8 @@ class Actor(nn.Module):
         low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
+        self.register_buffer("action_low", low, persistent=False)
+        self.register_buffer("action_high", high, persistent=False)
         self.fc1 = nn.Linear(obs_dim, args.hidden_dim)
         self.fc2 = nn.Linear(args.hidden_dim, args.hidden_dim)
         self.fc_mean = nn.Linear(args.hidden_dim, action_dim)
@@ -254,6 +257,7 @@ class Actor(nn.Module):
     def squash(self, latent):
         """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
         action = torch.tanh(latent) * self.action_scale + self.action_bias
+        action = action.clamp(self.action_low, self.action_high)  # rounding may lead out of them
         # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
         log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
         return action, (log_slope + self.action_scale.log()).sum(-1)
@@ -609,7 +613,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:
-        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
-    main(args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?")
+    resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))

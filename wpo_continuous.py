@@ -14,12 +14,13 @@ before squashing, p its density, phi the mean and std of p, F their Fisher infor
     projection   d phi / dt = E[ F^-1 ( grad_phi grad_x log p(x|s) ) v(s, x) ]                                     (W2)
 
 alpha = 0 is the paper's objective. For a diagonal Gaussian (W2) is SAC's gradient, at alpha = 0 sample by sample, else
-in the mean: only the penalty is new. (W2) is for richer densities, as in diffwpo_continuous.py.
+in the mean: the penalty and several samples of b are new. (W2) is for richer densities, as in diffwpo_continuous.py.
 
     python wpo_continuous.py --env-id HalfCheetah-v4
     python wpo_continuous.py --resume runs/<run>/checkpoint.pt
 """
 
+import argparse
 import copy
 import importlib.metadata
 import importlib.util
@@ -176,7 +177,7 @@ def make_env(env_id, seed, idx, capture_video, run_name):
                 fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
             if record:
                 env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
-        except (gym.error.Error, ImportError) as error:
+        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
             fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
         env = gym.wrappers.RecordEpisodeStatistics(env)
         env.action_space.seed(seed + idx)
@@ -275,6 +276,8 @@ class Actor(nn.Module):
         low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
+        self.register_buffer("action_low", low, persistent=False)
+        self.register_buffer("action_high", high, persistent=False)
         self.fc1 = nn.Linear(obs_dim, args.hidden_dim)
         self.fc2 = nn.Linear(args.hidden_dim, args.hidden_dim)
         self.fc_mean = nn.Linear(args.hidden_dim, action_dim)
@@ -288,6 +291,7 @@ class Actor(nn.Module):
     def squash(self, latent):
         """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
         action = torch.tanh(latent) * self.action_scale + self.action_bias
+        action = action.clamp(self.action_low, self.action_high)  # rounding may lead out of them
         # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
         log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
         return action, (log_slope + self.action_scale.log()).sum(-1)
@@ -677,7 +681,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume:
-        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
-    main(args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?")
+    resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))

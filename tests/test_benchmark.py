@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,17 @@ def test_braces_stand_for_a_sweep():
     assert benchmark.expand("x.py") == ["x.py"]
 
 
+def test_long_commands_have_folders_of_their_own(tmp_path):
+    """File systems allow names of 255 bytes; what tells the cells apart may stand at the beginning, middle or end."""
+    commands = [
+        f"{script}.py --x {'y' * 400} --lr {lr} {'z' * 400} --seed {s}" for script in "ab" for lr in "12" for s in "34"
+    ]
+    folders = [benchmark.Cell(command, tmp_path).folder for command in commands]
+    for folder in folders:
+        folder.mkdir()  # would fail if it were there, or its name too long
+    assert [folder.name[0] + folder.name[-1] for folder in folders] == ["a3", "a4", "a3", "a4", "b3", "b4", "b3", "b4"]
+
+
 def test_every_cell_runs_once(tmp_path):
     grid = (QUICK.replace("--batch-size 16", "--batch-size {8,16}"),)
     error, code = call(tmp_path, *grid, seeds=(1, 2))
@@ -85,6 +97,24 @@ def kill_tree(process):
     for pid in [process.pid, *map(int, children)]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_training_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """Out of memory, say: it counts as failed, but its checkpoint stays; with a relative folder as well."""
+    monkeypatch.chdir(tmp_path)
+    process = call("here", LONG, wait=False)
+    wait_for(lambda: checkpoints(tmp_path / "here"))
+    for folder in Path("/proc").glob("[0-9]*/cwd"):
+        if os.path.exists(folder) and os.readlink(folder).startswith(str(tmp_path / "here")):
+            os.kill(int(folder.parent.name), signal.SIGKILL)
+    assert process.wait(60) == 1
+    (before,) = checkpoints(tmp_path / "here")
+    assert before["global_step"] < 3000
+    assert call("here", LONG)[1] == 0
+    (log,) = Path("here").glob("suite/*/log.txt")
+    assert log.read_text().count("$ ") == 2 and "--resume" in log.read_text()
+    (after,) = checkpoints(tmp_path / "here")
+    assert after["global_step"] == 3000
 
 
 @pytest.mark.parametrize("trainings_die_too", [True, False])

@@ -132,13 +132,16 @@ def test_critic_loss_is_the_projected_cross_entropy():
                 target[m] += weight.detach() * max(0.0, 1 - abs(value.clamp(-5, 5) - qf.atoms[m]).item())
         for twin in range(2):
             log_p = p[twin, row].log()
-            expected += (-(target * log_p).sum() + 0.005 * (p[twin, row] * log_p).sum()).item() / 6
-    assert loss.item() == pytest.approx(expected)
+            expected += (-(target * log_p).sum() + 0.005 * (p[twin, row] * log_p).sum()) / 6
+    torch.testing.assert_close(loss, expected)
     assert clipped.item() == pytest.approx(float(outside))
     torch.testing.assert_close(values, (p @ qf.atoms)[:, :6])
-    # the target is a constant: a step against the gradient of log p alone
-    (gradient,) = torch.autograd.grad(loss, qf.biases[-1])
-    assert gradient.abs().max() > 0 and all(x.grad is None for x in actor.parameters())
+    # the target is a constant, of the actor and of the critics' second half
+    for parameter in qf.parameters():
+        gradient, explicit = (torch.autograd.grad(x, parameter, retain_graph=True)[0] for x in (loss, expected))
+        assert explicit.abs().max() > 0
+        torch.testing.assert_close(gradient, explicit)
+    assert not any(torch.autograd.grad(loss, list(actor.parameters()), allow_unused=True))
 
 
 def test_policy_loss_takes_the_mean_of_the_twins():

@@ -38,6 +38,15 @@ def test_log_prob_is_the_density_by_a_numerical_jacobian(low, high):
     assert (action > torch.tensor(low)).all() and (action < torch.tensor(high)).all()
 
 
+def test_rounding_does_not_lead_out_of_the_bounds():
+    for script in SCRIPTS:
+        low, high = torch.tensor([[-1.5, -0.1, 0.7], [0.7, 1.7, 0.9]], dtype=torch.float32)
+        actor = make_actor(script, low=low, high=high).float()
+        action = actor.squash(torch.linspace(-20, 20, 41, dtype=torch.float32)[:, None].expand(-1, 3))[0]
+        assert (action >= low).all() and (action <= high).all()
+        assert (action[0] == low).all() and (action[-1] == high).all()
+
+
 def test_squash_is_finite_and_inside_the_bounds_for_extreme_latents():
     for script in SCRIPTS:
         actor = make_actor(script, low=(-0.3,), high=(2.7,)).float()

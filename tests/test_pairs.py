@@ -70,6 +70,12 @@ def test_diff_stays_within_its_budget(pair):
     )
     added, removed = (int(count) for count in out.stdout.split()[:2])
     assert removed <= BUDGETS[pair][0] and added <= BUDGETS[pair][1], f"-{removed}/+{added}"
+    assert f"−{removed} / +{added}" in (ROOT / "README.md").read_text()
+
+
+def test_readme_states_the_lengths_of_the_scripts():
+    lines = [len((ROOT / f"{name}_continuous.py").read_text().splitlines()) for name in ("sac", "ppo")]
+    assert "| this repository | 1 ({}) | 1 ({}) |".format(*lines) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("pair", BUDGETS)

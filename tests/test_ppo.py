@@ -73,7 +73,7 @@ def test_gae_is_the_discounted_sum_of_errors():
 def test_ppo_rows_bootstrap_time_limits_and_stop_at_terminations():
     args = make_args(ppo_continuous)
     actor, critic, rollout = random_rollout(ppo_continuous, args)
-    rows, scale = ppo_continuous.training_rows(actor, critic, fixed_scaler(0.4), rollout, args)
+    rows, scale = ppo_continuous.training_rows(actor, critic, fixed_scaler(0.4), rollout, args.alpha, args)
     assert scale == 0.4
     obs, latents, log_prob, refreshed, returns, values = rows
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_diffppo_rows_on_the_augmented_axis(steps, monkeypatch):
     actor, critic, rollout = random_rollout(diffppo_continuous, args)
     fresh = torch.randn(12, 3, 2)
     monkeypatch.setattr(torch, "randn_like", lambda x: fresh)
-    rows, _ = diffppo_continuous.training_rows(actor, critic, fixed_scaler(0.4), rollout, args)
+    rows, _ = diffppo_continuous.training_rows(actor, critic, fixed_scaler(0.4), rollout, args.alpha, args)
     states, latents, next_latents, k, log_prob, refreshed, returns, values = rows
     prior_entropy = 2 * (math.log(1.3) + 0.5 * math.log(2 * math.pi * math.e))
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_exact_soft_values_have_errors_of_mean_zero(script):
         latents = actor(actor.normalizer(states[which[:, 0]]))[:, None]
     rollout = script.Rollout(states[which], states[1 - which], latents, 1.0 + 2.0 * which, zeros, zeros)
     value_of = lambda x: exact[x[..., :2].argmax(-1)]  # noqa: E731  (of the state alone: exact where a chain begins)
-    rows, _ = script.training_rows(actor, value_of, fixed_scaler(), rollout, args)
+    rows, _ = script.training_rows(actor, value_of, fixed_scaler(), rollout, args.alpha, args)
     errors = (rows[-2] - rows[-1]).view(40_000, -1)[:, 0]  # of step K: the sum over the chain
     assert errors.std() > 0.05
     assert errors.mean().item() == pytest.approx(0, abs=5 * errors.std().item() / 200 + 0.02)
@@ -176,7 +176,7 @@ def test_ratios_are_one_in_the_first_minibatch(script):
     args = make_args(script)
     actor, critic, rollout = random_rollout(script, args)
     rollout = script.Rollout(*(x.float() for x in rollout))
-    rows, _ = script.training_rows(actor, critic, fixed_scaler(), rollout, args)
+    rows, _ = script.training_rows(actor, critic, fixed_scaler(), rollout, args.alpha, args)
     *steps, old_log_prob, advantages, _, _ = (x[:7] for x in rows)
     log_prob = actor.log_density(*steps)
     log_prob = log_prob if isinstance(log_prob, torch.Tensor) else log_prob[0]
@@ -204,7 +204,7 @@ def test_gradient_at_the_old_policy_is_equation_10(norm_adv):
     """At theta_old: -mean(A grad log q) - alpha mean(grad log pi), standardised alike, and by finite differences."""
     args = make_args(diffppo_continuous, diffusion_steps=3, norm_adv=norm_adv, vf_coef=0.0, ent_coef=0.25)
     actor, critic, rollout = random_rollout(diffppo_continuous, args)
-    rows, _ = diffppo_continuous.training_rows(actor, critic, fixed_scaler(), rollout, args)
+    rows, _ = diffppo_continuous.training_rows(actor, critic, fixed_scaler(), rollout, args.alpha, args)
     *steps, _, _, returns, values = rows
     advantages = returns - values  # at theta_old the refreshed entropy term is the stored one
     mean, spread = (advantages.mean(), advantages.std()) if norm_adv else (0.0, 1.0)
@@ -235,7 +235,7 @@ def test_gradient_at_the_old_policy_is_equation_10(norm_adv):
 def test_ppo_loss_at_the_old_policy(norm_adv):
     args = make_args(ppo_continuous, norm_adv=norm_adv, ent_coef=0.25)
     actor, critic, rollout = random_rollout(ppo_continuous, args)
-    rows, _ = ppo_continuous.training_rows(actor, critic, fixed_scaler(), rollout, args)
+    rows, _ = ppo_continuous.training_rows(actor, critic, fixed_scaler(), rollout, args.alpha, args)
     obs, latents, _, _, returns, values = rows
     advantages = returns - values
     if norm_adv:

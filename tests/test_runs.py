@@ -330,6 +330,35 @@ def test_temperature_is_annealed_geometrically(script, small, monkeypatch, tmp_p
     assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", *small, "--alpha-anneal", 50) == 2
 
 
+@on_policy
+def test_on_policy_temperature_is_annealed_geometrically(script, monkeypatch, tmp_path):
+    training_rows, ppo_loss = script.training_rows, script.ppo_loss
+    seen = []
+
+    def spy_rows(actor, critic, return_scaler, rollout, alpha, args):
+        rows, scale = training_rows(actor, critic, return_scaler, rollout, alpha, args)
+        seen.append((alpha, scale, []))
+        return rows, scale
+
+    def spy_loss(actor, critic, batch, alpha, args):
+        seen[-1][2].append(alpha)
+        return ppo_loss(actor, critic, batch, alpha, args)
+
+    monkeypatch.setattr(script, "training_rows", spy_rows)
+    monkeypatch.setattr(script, "ppo_loss", spy_loss)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    small = {"num_envs": 2, "num_steps": 10, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 1}
+    small |= {"env_id": "Pendulum-v1", "total_timesteps": 200, "progress": False}
+    script.main(script.Args(alpha=0.1, alpha_anneal=50.0, **small))
+    logged = scalars(run_dirs(tmp_path)[0], "losses/alpha")
+    assert [step for step, _ in logged] == list(range(20, 201, 20))
+    for i, ((_, value), (alpha, scale, in_loss)) in enumerate(zip(logged, seen, strict=True)):
+        assert value == pytest.approx(0.1 * 50 ** max(0, 1 - 20 * i / 140))  # 70 % of 200 steps
+        assert alpha == pytest.approx(value)
+        assert in_loss and [float(x) for x in in_loss] == pytest.approx([float(alpha * scale)] * len(in_loss))
+    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--alpha-anneal", 0.5) == 2
+
+
 @off_policy
 def test_default_temperature_target_and_polyak_average(script, monkeypatch, tmp_path):
     flags = ["--env-id", "Pendulum-v1", *SMALL_OFF, "--learning-starts", 40, "--total-timesteps", 41]
@@ -413,6 +442,34 @@ def test_signals_write_a_checkpoint(script, small, signum, tmp_path):
     assert load(run_dirs(tmp_path)[0])["global_step"] > 0
 
 
+@on_policy
+def test_ctrl_c_reaches_a_run_with_environments_in_processes(script, small, tmp_path):
+    """A terminal sends it to all processes of the group; those of the environments must leave it to the script."""
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 1_000_000, *small, "--async-envs"]
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("runs/*/events*")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in error
+    assert load(run_dirs(tmp_path)[0])["global_step"] > 0
+
+
+@replaying
+def test_flags_beside_resume_are_checked_together_with_the_run_own(script, small, monkeypatch, tmp_path):
+    """Alone, --alpha 0 does not go with the default --autotune."""
+    flags = ["--env-id", "Pendulum-v1", *small, "--no-autotune", "--alpha", 0.1, "--total-timesteps", 60]
+    assert run_script(monkeypatch, script, *flags) == 0
+    resume = f"--resume={run_dirs(tmp_path)[0] / 'checkpoint.pt'}"
+    assert run_script(monkeypatch, script, resume, "--alpha", 0, "--total-timesteps", 80) == 0
+    assert load(run_dirs(tmp_path)[0])["args"]["alpha"] == 0
+    assert run_script(monkeypatch, script, "--alpha", 0, "--autotune", resume) == 2
+
+
 @replaying
 def test_a_value_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["script"])
@@ -480,9 +537,9 @@ def test_on_policy_rollout_at_terminations_and_truncations(script, small, monkey
     seen = []
     training_rows = script.training_rows
 
-    def spy(actor, critic, return_scaler, rollout, args):
+    def spy(actor, critic, return_scaler, rollout, *others):
         seen.append(rollout)
-        return training_rows(actor, critic, return_scaler, rollout, args)
+        return training_rows(actor, critic, return_scaler, rollout, *others)
 
     monkeypatch.setattr(script, "training_rows", spy)
     monkeypatch.setattr(sys, "argv", ["script"])
@@ -563,6 +620,7 @@ def test_worker_processes_give_the_same_run(script, small, monkeypatch, tmp_path
 
 BAD = {
     "unknown environment": "--env-id NoSuchThing-v0",
+    "malformed environment": "--env-id a:b:c",
     "unknown module": "--env-id no_such_module:Thing-v0",
     "discrete actions": "--env-id CartPole-v1",
     "images": "--env-id tests.scripted_env:Image-v0",
@@ -587,6 +645,9 @@ BAD_OFF_POLICY = {
 BAD_ON_POLICY = {
     "no steps": "--num-steps 0",
     "too many minibatches": "--num-envs 1 --num-steps 8 --num-minibatches 8",
+    "target KL not a number": "--target-kl nan",
+    "negative target KL": "--target-kl -1",
+    "nothing to anneal": "--alpha 0 --alpha-anneal 10",
     "not a rate": "--learning-rate nan",
 }
 BAD_PPO = {"no noise": "--initial-std 0"}

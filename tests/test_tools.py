@@ -137,6 +137,18 @@ def test_figures_of_all_kinds(tmp_path, monkeypatch):
             draw([], to=tmp_path / "none.png")
 
 
+def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path):
+    other = [a_run(tmp_path, "diffsac_continuous", 1, [1.0, 2.0], diffusion_steps=k) for k in (1, 4)]
+    apart = [a_run(tmp_path, "sac_continuous", seed, [1.0, 2.0]) for seed in (1, 2)]
+    apart[1].write_text(apart[1].read_text().replace("\n600,", "\n601,").replace("\n1200,", "\n1201,"))
+    for draw in (plot.table, lambda files: plot.figure(files, to=tmp_path / "figure.png")):
+        with pytest.raises(SystemExit, match="another run of diffsac_continuous with seed 1"):
+            draw(other)
+    with pytest.raises(SystemExit, match="no steps of eval/episodic_return in common"):
+        plot.figure(apart, to=tmp_path / "figure.png")
+    assert not (tmp_path / "figure.png").exists()
+
+
 def test_a_metric_that_no_file_has_is_refused(tmp_path):
     with pytest.raises(SystemExit):
         plot.figure([], to=tmp_path / "figure.png")

@@ -241,7 +241,7 @@ def gradients_of(terms, actor):
 
 
 def test_raw_diffusion_gradient_is_the_explicit_mixed_derivative_of_every_kernel():
-    """Without F^-1: (18) of the paper, sum_k sg[ alpha g_k - G_k ] g_k(theta), theta in the denoising means alone."""
+    """Without F^-1: sum_k sg[ alpha g_k - G_k ] g_k(theta), theta in the denoising means alone."""
     steps, alpha = 4, 0.4
     flags = dict(low=(-1.0, -3.0), high=(1.0, 2.0), diffusion_steps=steps, hidden_dim=16, prior_std=1.3)
     actor = make_actor(diffwpo_continuous, precondition=False, **flags)

@@ -5,13 +5,14 @@
 
 The cells of the grid are all commands with all seeds; {a,b,c} in a command stands for one command with each. Every
 cell has the folder runs/benchmark/<suite>/<cell>: its log, its run folder, and status.json, together the ledger. A
-cell that is done is never run again, one that was cut off goes on from its checkpoint, one that failed starts again. A
-lock on the folder, held by the training itself too, keeps two calls from running one cell. The exit code is 0 when all
-cells are done, 1 after failures (with the end of their logs), 130 after Ctrl-C: the trainings then have written a
-checkpoint.
+cell that is done is never run again, one that was cut off or failed goes on from its checkpoint, if it has one and was
+not refused (exit code 2), else it starts again. A lock on the folder, held by the training itself too, keeps two calls
+from running one cell. The exit code is 0 when all cells are done, 1 after failures (with the end of their logs), 130
+after Ctrl-C: the trainings then have written a checkpoint.
 """
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -65,7 +66,10 @@ class Cell:
         self.command = command
         words = shlex.split(command)
         name = "_".join(word.removeprefix("--") for word in words).replace(".py", "")
-        self.folder = folder / re.sub(r"[^\w.-]+", "-", name)
+        name = re.sub(r"[^\w.-]+", "-", name)
+        if len(name.encode()) > 255:  # more than file systems allow; the digest is of the whole
+            name = f"{name[:120]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}_{name[-70:]}"
+        self.folder = folder / name
         self.script, self.flags = ROOT / words[0], words[1:]
 
     def status(self):
@@ -107,7 +111,7 @@ class Cell:
             if stop or status.get("state") == "done":
                 return
             checkpoint, flags = self.checkpoint(), self.flags
-            if checkpoint and status.get("state") != "failed":
+            if checkpoint and status.get("code") != 2:  # 2: refused, the checkpoint perhaps
                 flags = ["--resume", str(checkpoint)]
             else:
                 subprocess.run(["rm", "-rf", self.folder / "runs"], check=True)
@@ -185,6 +189,7 @@ def submit(cells, args):
 
 
 def main(args: Args):
+    args.folder = args.folder.resolve()  # the trainings run in other folders
     commands = [command for line in args.commands for command in expand(line)]
     cells = [Cell(f"{command} --seed {seed}", args.folder / args.suite) for command in commands for seed in args.seeds]
     if len({cell.folder for cell in cells}) < len(cells):

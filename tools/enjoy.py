@@ -10,6 +10,7 @@ Without a display set MUJOCO_GL=egl. Videos need moviepy, Pendulum's pictures py
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ def main(args: Args):
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     if args.video:
-        env = gym.wrappers.RecordVideo(env, str(args.video), episode_trigger=lambda _: True, name_prefix=env_id)
+        prefix = re.sub(r"[^\w.-]", "-", env_id)
+        env = gym.wrappers.RecordVideo(env, str(args.video), episode_trigger=lambda _: True, name_prefix=prefix)
     torch.manual_seed(args.seed)
     returns, lengths = [], []
     for episode in range(args.episodes):

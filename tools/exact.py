@@ -3,9 +3,10 @@
     python tools/exact.py diffsac_continuous --env-id toys:TurningGMM-v0 --no-autotune --alpha 1 --total-timesteps 10000
     python tools/multimodality.py table runs/<run>/checkpoint.pt
 
-What such a policy still misses is due to the policy and its loss; what the script's own misses beyond that is due to
-the critics and to exploration. The flags are the script's; --total-timesteps counts gradient steps of the actor, on
-batches of uniformly random headings, and --alpha-anneal works as in the script.
+What such a policy still misses is due to the policy, its loss and the number of gradient steps; what the script's own
+misses beyond that, at as many steps and the same batch size, is due to the critics and to exploration. The flags are
+the script's; --total-timesteps counts gradient steps of the actor (by plain Adam, for DIME too), on batches of random
+headings, and --alpha-anneal works as in the script. Flags of critics, buffer and environments have no effect.
 
 The soft value of an action is its reward plus a constant: in the double well at every temperature, in the GMM at
 alpha = 1. While the GMM's temperature is annealed, the reward stands in for the value.

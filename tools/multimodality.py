@@ -7,9 +7,11 @@
 script:
 
     TV            total variation distance between the histogram of actions and the exact density, mean over headings
+    KL            KL divergence of the policy from the optimum in nats, by a histogram of 400 cells, mean over headings
     modes         modes that hold at least a quarter of their exact mass, of all, and the least share of the exact mass
-    E[R]          mean reward of a step in whole episodes, and its difference to the optimum's
-    evidence gap  log Z per step minus the mean of log w per step, w = exp(sum R / alpha) / q(actions): a KL divergence
+    E[R]          mean reward of a step in whole episodes, and its difference to the optimum's at the same headings
+    evidence gap  log Z per step minus the mean of log w per step, w = exp(sum R / alpha) / q(actions): for a Gaussian
+                  policy the KL divergence, at the headings visited; for a chain that of whole chains, an upper bound
     log Z error   estimate from the weights minus the exact value, per step; of single steps and of whole episodes, each
                   with the effective sample size 1 / sum w^2 of normalised weights, as a share of the samples
 
@@ -64,6 +66,8 @@ def load_policy(path, distinguish=()):
     alpha = args.alpha
     if getattr(args, "autotune", False):
         alpha = checkpoint["temperature"]["log_alpha"].exp().item()
+    if alpha == 0:
+        sys.exit(f"error: {path} is of a run with --alpha 0, for which there is no optimal density")
     name = " ".join(
         [args.exp_name.removesuffix("_continuous"), *(f"{key}={getattr(args, key, None)}" for key in distinguish)]
     )
@@ -83,6 +87,15 @@ def log_mean_exp(log_weights):
     top = log_weights.max()
     weights = np.exp(log_weights - top)
     return top + np.log(weights.mean()), weights.sum() ** 2 / (len(weights) * (weights**2).sum())
+
+
+def divergence(action, actions, density, cells=400):
+    """KL divergence of samples (count,) from a density on the grid `actions`, in nats, by their histogram."""
+    counts = np.histogram(action, cells, (-1, 1))[0]
+    shares = counts[counts > 0] / len(action)
+    entropy = -(shares * np.log(shares * cells / 2)).sum() + (len(shares) - 1) / (2 * len(action))  # Miller and Madow
+    nearest = ((action + 1) / 2 * len(actions)).astype(int).clip(0, len(actions) - 1)
+    return -entropy - np.log(density[nearest] + 1e-300).mean()
 
 
 def modes_of(env, heading):
@@ -110,7 +123,7 @@ def compare(policy, samples, trajectories, seed=0):
     cells = CELLS[env.spec.id]
     edges = np.linspace(-1, 1, cells + 1)
     masses = exact.density.reshape(len(exact.headings), cells, -1).mean(-1) * 2 / cells
-    histograms, modes, least, single = np.zeros_like(masses), [], [], []
+    histograms, modes, least, single, kl = np.zeros_like(masses), [], [], [], []
     for i, heading in enumerate(exact.headings):
         action, log_prob = sample(policy, np.full(samples, heading))
         histograms[i] = np.histogram(action, edges)[0] / samples
@@ -121,25 +134,29 @@ def compare(policy, samples, trajectories, seed=0):
         whole = [exact.density[i, nearest_exact == j].sum() * 2 / len(exact.actions) for j in range(len(means))]
         modes += [(np.rad2deg(heading), *mode) for mode in zip(means, whole, shares, strict=True)]
         least.append(np.min(np.divide(shares, whole)))
+        kl.append(divergence(action, exact.actions, exact.density[i]))
         single.append(env.reward(np.full(samples, heading), action) / policy.alpha - log_prob)
     single_z, single_size = np.mean([log_mean_exp(weights) for weights in single], axis=0)
     headings = env.first_headings(random, (trajectories,))
-    log_weights, rewards = np.zeros(trajectories), 0.0
+    log_weights, rewards, optimum = np.zeros(trajectories), 0.0, 0.0
     for _ in range(STEPS):
         action, log_prob = sample(policy, headings)
         reward = env.reward(headings, action)
         log_weights += reward / policy.alpha - log_prob
         rewards += reward.mean() / STEPS
+        nearest = np.cos(headings[:, None] - exact.headings).argmax(1)
+        optimum += exact.mean_reward[nearest].mean() / STEPS
         headings = headings + env.turn(action)
     episode_z, episode_size = log_mean_exp(log_weights)
     partition = exact.log_partition.mean()  # the same everywhere where log Z of an episode is known
     row = {
         "tv": 0.5 * np.abs(histograms - masses).sum(1).mean(),
-        "kept": sum(share > whole / 4 for _, _, whole, share in modes),
+        "kl": float(np.mean(kl)),
+        "kept": sum(share >= whole / 4 for _, _, whole, share in modes),
         "modes": modes,
         "least": float(np.mean(least)),
         "reward": float(rewards),
-        "regret": float(rewards - exact.mean_reward.mean()),
+        "regret": float(rewards - optimum),
         "gap": float(partition - log_weights.mean() / STEPS),
         "single_error": float(single_z - partition),
         "single_size": float(single_size),
@@ -158,7 +175,7 @@ def markdown(name, alpha, rows):
 
     kept, modes = sum(row["kept"] for row in rows), sum(len(row["modes"]) for row in rows)
     return (
-        f"| {name} | {alpha:.3g} | {number('tv')} | {kept}/{modes} ({number('least', '.2f')}) "
+        f"| {name} | {alpha:.3g} | {number('tv')} | {number('kl')} | {kept}/{modes} ({number('least', '.2f')}) "
         f"| {number('reward')} ({number('regret', '+.3f')}) | {number('gap')} | {number('single_error', '+.3f')}, "
         f"{number('single_size', '.0f', 100)} % | {number('episode_error', '+.3f')}, "
         f"{number('episode_size', '.1f', 100)} % |"
@@ -180,16 +197,20 @@ def table(
     are not averaged.
     """
     results, rows_of = [], defaultdict(list)
-    print("| policy | alpha | TV | modes (least) | E[R] (regret) | evidence gap | log Z error, ESS: step | episode |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| policy | alpha | TV | KL | modes (least) | E[R] (regret) | evidence gap | log Z error, ESS: step | episode |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for path in checkpoints:
         policy = load_policy(path, distinguish)
         results.append((policy, *compare(policy, samples, trajectories)))
-        rows_of[policy.name, policy.args.env_id, policy.alpha].append(results[-1][1])
+        fixed = None if getattr(policy.args, "autotune", False) else policy.alpha
+        rows_of[policy.name, policy.args.env_id, fixed].append((policy.alpha, results[-1][1]))
         print(markdown(f"{policy.name}, seed {policy.args.seed}", policy.alpha, [results[-1][1]]), flush=True)
-    for (name, env_id, alpha), rows in rows_of.items():
-        if len(rows) > 1:
-            print(markdown(f"{name}, {env_id.removeprefix('toys:')}, {len(rows)} runs", alpha, rows))
+    for (name, env_id, _), runs in rows_of.items():
+        if len(runs) > 1:
+            alphas, rows = zip(*runs, strict=True)
+            print(markdown(f"{name}, {env_id.removeprefix('toys:')}, {len(runs)} runs", np.mean(alphas), rows))
     if modes:
         modes.parent.mkdir(parents=True, exist_ok=True)
         with modes.open("w", newline="") as file:

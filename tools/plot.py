@@ -118,12 +118,18 @@ def export(
 
 
 def by_algorithm(files, metric):
-    """{(environment, experiment): {seed: (steps, values)}} of csv files that have this metric."""
+    """{(environment, experiment): {seed: (steps, values)}} of csv files that have this metric.
+
+    Two runs of one seed, with other arguments perhaps, do not belong in one curve: exit code 1.
+    """
     groups = defaultdict(dict)
     for path in files:
         run = read_csv(path)
         if metric in run.curves:
-            groups[run.facts["env_id"], run.facts["exp_name"]][run.facts["seed"]] = np.array(run.curves[metric]).T
+            seeds = groups[run.facts["env_id"], run.facts["exp_name"]]
+            if run.facts["seed"] in seeds:
+                sys.exit(f"error: {path} is another run of {run.facts['exp_name']} with seed {run.facts['seed']}")
+            seeds[run.facts["seed"]] = np.array(run.curves[metric]).T
     return dict(sorted(groups.items()))
 
 
@@ -179,6 +185,8 @@ def figure(
             if group_env != env_id:
                 continue
             steps = sorted(set.intersection(*(set(curve[0]) for curve in seeds.values())))
+            if not steps:
+                sys.exit(f"error: the runs of {name} on {env_id} have no steps of {metric} in common")
             values = np.array([[dict(zip(*curve, strict=True))[step] for step in steps] for curve in seeds.values()])
             centre, low, high = summary(values, stat)
             axis.plot(steps, centre, color=colour[name], linewidth=2, label=label(name, seeds))

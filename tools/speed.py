@@ -81,7 +81,8 @@ def measure_script(command, args):
 
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
-    rate = matrix_rate()
+    # on a GPU a step ends long after its launch, and a product of matrices on the CPU says nothing
+    rate, wait = (matrix_rate(), lambda: None) if args.device == "cpu" else (float("nan"), torch.cuda.synchronize)
     name, *flags = command.split()
     flags += f"--env-id {args.env_id} --total-timesteps {args.steps} --device {args.device}".split()
     flags += [] if "ppo" in name else ["--learning-starts", str(STARTS)]
@@ -100,8 +101,10 @@ def measure_script(command, args):
                 operations.append(counter.get_total_flops())
                 seconds.append(0.0)
                 return results
+            wait()
             start = time.perf_counter()
             results = fast(*inputs)
+            wait()
             seconds.append(time.perf_counter() - start)
             return results
 
