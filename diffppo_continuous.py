@@ -268,7 +268,7 @@ class Critic(nn.Module):
         self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, 1), last_gain=1.0)
 
     def forward(self, obs):
-        """Values (batch,) of states (batch, obs_dim), their observations normalised."""
+        """Values (...) of states (..., obs_dim), their observations normalised."""
         return self.net(obs).squeeze(-1)
 
 
@@ -301,7 +301,7 @@ class Actor(nn.Module):
         self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, action_dim), last_gain=0.0)  # u_theta = 0 at first
 
     def std(self):
-        """Standard deviation sigma_k of the denoising kernels, (K, action_dim)."""
+        """Standard deviation sigma_k of the denoising kernels, (K, action_dim), row k - 1 for step k."""
         return self.log_std.exp()
 
     def augment(self, obs, latent, k):
@@ -376,7 +376,7 @@ def gae(rewards, values, next_values, discounts, traces):
 def training_rows(actor, critic, return_scaler, rollout, alpha, args):
     """Rows of a rollout for `update`, one for each decision, in units of scaled rewards; and their scale.
 
-    The columns: arguments of `log_density`, its value, advantages without their own entropy term, returns, values.
+    The columns: arguments of `log_density`, log-density, advantages without their own entropy term, returns, values.
     """
     obs, next_obs = actor.normalizer(rollout.obs), actor.normalizer(rollout.next_obs)
     chain = actor.chain(obs, rollout.latents)
@@ -641,7 +641,7 @@ def main(args: Args):
         update, act = CudaGraph(update), CudaGraph(act)
 
     def checkpoint_now():
-        parameters = dict(actor.named_parameters()) | dict(critic.named_parameters())
+        parameters = dict(nn.ModuleDict({"actor": actor, "critic": critic}).named_parameters())
         check_finite(metrics | parameters, global_step, run_dir)
         writer.flush()  # a checkpoint is never ahead of the curves
         save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step)
@@ -716,7 +716,7 @@ def main(args: Args):
         returns, values = rows[-2:]
         metrics = metrics | {"losses/explained_variance": 1 - (returns - values).var() / (returns.var() + 1e-8)}
         metrics |= {f"diffusion/noise_std_{k}": std for k, std in enumerate(actor.std(), start=1)}
-        metrics["diffusion/entropy_bound"] = -actor.sample(rollout.obs[-1])[1]
+        metrics["diffusion/entropy_bound"] = -actor.sample(rollout.obs[-1])[1].detach()
         for name, value in metrics.items():
             writer.add_scalar(name, value.mean().item(), global_step)
         writer.add_scalar("charts/learning_rate", rate.item(), global_step)
@@ -744,4 +744,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
-    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else tyro.MISSING_NONPROP))

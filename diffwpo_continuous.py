@@ -156,14 +156,14 @@ class Args:
         at_least_one = "total_timesteps num_envs torch_threads eval_episodes buffer_size batch_size hidden_dim"
         at_least_one += " n_step"
         not_negative = "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr"
-        for names, least in ((at_least_one, 1), (not_negative, 0)):
+        for names, least in ((at_least_one + " alpha_anneal", 1), (not_negative, 0)):
             for name in names.split():
                 if not least <= getattr(self, name) < math.inf:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.autotune and self.alpha == 0:
             raise ValueError("--alpha must be positive, or fixed with --no-autotune")
-        if not 1 <= self.alpha_anneal < math.inf or (self.autotune and self.alpha_anneal > 1):
-            raise ValueError(f"--alpha-anneal must be at least 1, above it with --no-autotune, not {self.alpha_anneal}")
+        if self.alpha_anneal > 1 and (self.autotune or self.alpha == 0):
+            raise ValueError("--alpha-anneal above 1 needs --no-autotune and a positive --alpha")
         if not all(0 <= value < math.inf for value in (*self.kl_weights, *(self.kl_bounds or ()))):
             raise ValueError("--kl-weights and --kl-bounds must be at least 0")
         if not math.isfinite(self.target_entropy or 0):
@@ -415,14 +415,14 @@ def kl_divergences(mean, log_std, target_mean, target_log_std):
 
 
 def policy_loss(actor, actor_target, qf, obs, alpha, args):
-    """Surrogate, before squashing, with gradient (W2), not a meaningful value; log_prob; KLs from `actor_target`."""
+    """Surrogate, before squashing, descended by (W2), not a meaningful value; log_prob; KLs from `actor_target`."""
     latents, noise = actor(obs)
     actions, log_prob = actor.act(latents, noise)
     value = qf(obs, actions).amin(0) - alpha * log_prob
     (decay, std), latents = actor.kernels(), latents.detach()
     velocity = torch.autograd.grad(value.sum(), noise, retain_graph=True)[0][:-1] / std.detach()  # DIFF: (4) by eps_k
     mean, noise, latent = actor.means(obs, latents), noise.detach()[:-1], latents[:-1]
-    # the score is (m - a) / sigma^2: F^-1 times its derivatives by m and sigma is 1 and eps, as those of m + sigma eps
+    # the score is (m - x) / sigma^2: F^-1 times its derivatives by m and sigma is 1 and eps, as those of m + sigma eps
     surrogate = mean + std * noise if args.precondition else (mean - latent) / std.square()
     kl = kl_divergences(mean, std.log(), actor_target.means(obs, latents), actor_target.kernels()[1].log()).sum(1)
     noising = 0.5 * ((latents[1:] - decay * latent) / std).square() + std.log()  # -log pi(a^k | a^(k-1)) + const
@@ -665,7 +665,7 @@ def main(args: Args):
         update, act = CudaGraph(update), CudaGraph(act)
 
     def checkpoint_now():
-        parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
+        parameters = dict(nn.ModuleDict({"actor": actor, "critic": qf}).named_parameters())
         check_finite(metrics | parameters, global_step, run_dir)
         writer.flush()  # a checkpoint is never ahead of the curves
         save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step, updates_due=updates_due)
@@ -765,4 +765,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
-    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else tyro.MISSING_NONPROP))

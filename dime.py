@@ -138,14 +138,14 @@ class Args:
         at_least_one += " policy_delay critic_dim diffusion_steps"
         not_negative = "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr"
         not_negative += " critic_entropy"
-        for names, least in ((at_least_one, 1), (not_negative, 0)):
+        for names, least in ((at_least_one + " alpha_anneal", 1), (not_negative, 0)):
             for name in names.split():
                 if not least <= getattr(self, name) < math.inf:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
         if self.autotune and self.alpha == 0:
             raise ValueError("--alpha must be positive, or fixed with --no-autotune")
-        if not 1 <= self.alpha_anneal < math.inf or (self.autotune and self.alpha_anneal > 1):
-            raise ValueError(f"--alpha-anneal must be at least 1, above it with --no-autotune, not {self.alpha_anneal}")
+        if self.alpha_anneal > 1 and (self.autotune or self.alpha == 0):
+            raise ValueError("--alpha-anneal above 1 needs --no-autotune and a positive --alpha")
         if not math.isfinite(self.target_entropy or 0):
             raise ValueError(f"--target-entropy must be finite, not {self.target_entropy}")
         if self.seed >= 2**32:
@@ -659,7 +659,7 @@ def main(args: Args):
         update, act = CudaGraph(update), CudaGraph(act)
 
     def checkpoint_now():
-        parameters = dict(actor.named_parameters()) | dict(qf.named_parameters())
+        parameters = dict(nn.ModuleDict({"actor": actor, "critic": qf}).named_parameters())
         check_finite(metrics | parameters, global_step, run_dir)
         writer.flush()  # a checkpoint is never ahead of the curves
         save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step, updates_due=updates_due)
@@ -759,4 +759,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
-    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else tyro.MISSING_NONPROP))

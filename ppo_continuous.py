@@ -245,7 +245,7 @@ class Critic(nn.Module):
         self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, 1), last_gain=1.0)
 
     def forward(self, obs):
-        """Values (batch,) of states (batch, obs_dim), their observations normalised."""
+        """Values (...) of states (..., obs_dim), their observations normalised."""
         return self.net(obs).squeeze(-1)
 
 
@@ -273,7 +273,7 @@ class Actor(nn.Module):
         return self.net(obs) + noise_scale * self.std() * torch.randn(len(obs), len(self.log_std), device=obs.device)
 
     def log_density(self, obs, latent):
-        """Log-density (batch,) of latent actions (batch, action_dim), before squashing, at normalised obs."""
+        """Log-density (...) of latent actions (..., action_dim), before squashing, at normalised obs."""
         noise = (latent - self.net(obs)) / self.std()
         return (-0.5 * noise.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -316,7 +316,7 @@ def gae(rewards, values, next_values, discounts, traces):
 def training_rows(actor, critic, return_scaler, rollout, alpha, args):
     """Rows of a rollout for `update`, one for each decision, in units of scaled rewards; and their scale.
 
-    The columns: arguments of `log_density`, its value, advantages without their own entropy term, returns, values.
+    The columns: arguments of `log_density`, log-density, advantages without their own entropy term, returns, values.
     """
     obs, next_obs = actor.normalizer(rollout.obs), actor.normalizer(rollout.next_obs)
     log_prob = actor.log_density(obs, rollout.latents)
@@ -564,7 +564,7 @@ def main(args: Args):
         update, act = CudaGraph(update), CudaGraph(act)
 
     def checkpoint_now():
-        parameters = dict(actor.named_parameters()) | dict(critic.named_parameters())
+        parameters = dict(nn.ModuleDict({"actor": actor, "critic": critic}).named_parameters())
         check_finite(metrics | parameters, global_step, run_dir)
         writer.flush()  # a checkpoint is never ahead of the curves
         save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step)
@@ -665,4 +665,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
-    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else Args()))
+    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else tyro.MISSING_NONPROP))

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -558,6 +560,55 @@ def test_on_policy_rollout_at_terminations_and_truncations(script, small, monkey
     assert scalars(run_dirs(tmp_path)[0], "charts/episodic_length")[:4] == [(15, 5.0)] * 3 + [(24, 3.0)]
 
 
+@pytest.mark.parametrize("flags,support", [("", (-200, 200)), ("--v-min -5", (-5, 200))])
+def test_support_follows_the_environment_of_the_command_line(flags, support, monkeypatch, tmp_path):
+    """Not that of the default environment; a flag comes first, and a resumed run keeps its own."""
+    monkeypatch.setitem(sys.modules, "shimmy", types.ModuleType("shimmy"))  # which would register dm_control
+    made = {"entry_point": "gymnasium.envs.classic_control:PendulumEnv", "max_episode_steps": 5}
+    monkeypatch.setitem(
+        gym.registry, "dm_control/pendulum-v0", gym.envs.registration.EnvSpec("dm_control/pendulum-v0", **made)
+    )
+    small = "--hidden-dim 8 --critic-dim 8 --eval-episodes 1 --no-progress --device cpu".split()
+    command = ["--env-id", "dm_control/pendulum-v0", "--total-timesteps", 2, *small, *flags.split()]
+    assert run_script(monkeypatch, dime, *command) == 0
+    (run_dir,) = run_dirs(tmp_path)
+    args = load(run_dir)["args"]
+    assert (args["v_min"], args["v_max"]) == support
+    assert run_script(monkeypatch, dime, "--resume", run_dir / "checkpoint.pt", "--total-timesteps", 4) == 0
+    args = load(run_dir)["args"]
+    assert (args["v_min"], args["v_max"], args["total_timesteps"]) == (*support, 4)
+
+
+@pytest.mark.parametrize("network", ["actor", "critic"])
+@on_policy
+def test_a_weight_that_is_not_a_number_stays_out_of_the_checkpoint(script, network, monkeypatch, tmp_path):
+    """One that only the last gradient step has spoilt: losses are still finite then."""
+    networks, updates = {}, []
+    ppo_loss, update_statistics = script.ppo_loss, script.RunningNormalizer.update
+
+    def spy(actor, critic, *arguments):
+        networks.update(actor=actor, critic=critic)
+        return ppo_loss(actor, critic, *arguments)
+
+    def spoil(normalizer, *arguments):
+        """The observations' statistics are updated after the gradient steps of each rollout."""
+        update_statistics(normalizer, *arguments)
+        updates.extend([normalizer] if networks and normalizer is networks["actor"].normalizer else [])
+        if len(updates) == 3:
+            networks[network].net[0].weight.data[0, 0] = torch.nan
+
+    monkeypatch.setattr(script, "ppo_loss", spy)
+    monkeypatch.setattr(script.RunningNormalizer, "update", spoil)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    sizes = {"num_envs": 1, "num_steps": 10, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 1}
+    args = script.Args(env_id="Pendulum-v1", total_timesteps=50, progress=False, checkpoint_frequency=10, **sizes)
+    with pytest.raises(SystemExit, match="is not finite at step 30"):
+        script.main(args)
+    checkpoint = load(run_dirs(tmp_path)[0])
+    assert checkpoint["global_step"] == 20
+    assert all(torch.isfinite(x).all() for x in flatten(checkpoint) if isinstance(x, torch.Tensor))
+
+
 @on_policy
 def test_on_policy_value_that_is_not_a_number_stops_the_run(script, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["script"])
@@ -641,6 +692,8 @@ BAD_OFF_POLICY = {
     "negative size": "--buffer-size -5",
     "not a number": "--policy-lr nan",
     "infinite entropy": "--target-entropy inf",
+    "nothing to anneal": "--no-autotune --alpha 0 --alpha-anneal 10",
+    "annealing to no number": "--no-autotune --alpha-anneal nan",
 }
 BAD_ON_POLICY = {
     "no steps": "--num-steps 0",
