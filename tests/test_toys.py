@@ -126,13 +126,19 @@ class Exact(torch.nn.Module):
     def __init__(self, alpha, left=1.0):
         super().__init__()
         self.exact, self.left = toys.optimum(toys.TurningDoubleWell(), alpha), left
+        self.random = np.random.default_rng(2)
 
     def sample(self, obs):
         density = self.exact.density[0] * np.where(self.exact.actions > 0, 1, self.left) * 2 / (1 + self.left)
-        cell = np.random.default_rng(len(obs)).choice(len(density), size=len(obs), p=density / density.sum())
-        spread = (np.random.default_rng(1).uniform(size=len(obs)) - 0.5) * 2 / len(density)
+        cell = self.random.choice(len(density), size=len(obs), p=density / density.sum())
+        spread = (self.random.uniform(size=len(obs)) - 0.5) * 2 / len(density)
         action = torch.as_tensor(self.exact.actions[cell] + spread)
         return action[:, None], torch.as_tensor(np.log(density[cell]))
+
+
+class Uniform(torch.nn.Module):
+    def sample(self, obs):
+        return 2 * torch.rand(len(obs), 1, dtype=torch.float64) - 1, torch.full((len(obs),), -np.log(2))
 
 
 class ExactMixture(torch.nn.Module):
@@ -184,6 +190,46 @@ def test_table_of_a_policy_with_one_mode():
     assert row["episode_error"] == pytest.approx(-np.log(2), abs=1e-3)
 
 
+def test_table_of_a_uniform_policy():
+    """Against quadrature: what it loses, its divergence from the optimum, and what its weights are worth."""
+    alpha, reward = 0.2, lambda a: toys.double_well_reward(0.0, a)
+    row = multimodality.compare(policy_of(Uniform(), alpha), 20_000, 1_000)[0]
+    mean = 0.5 * integrate.quad(reward, -1, 1, points=(-0.5, 0.5))[0]
+    first, second = (
+        0.5 * integrate.quad(lambda a, n=n: np.exp(n * reward(a) / alpha), -1, 1, points=(-0.5, 0.5))[0] for n in (1, 2)
+    )
+    assert row["reward"] == pytest.approx(mean, abs=0.004)
+    assert row["regret"] == pytest.approx(mean - TABLE[alpha][0], abs=0.004)  # below the optimum
+    assert row["gap"] == pytest.approx(np.log(first) - mean / alpha, abs=0.02)
+    assert row["kl"] == pytest.approx(np.log(first) - mean / alpha, abs=0.03)
+    assert row["single_error"] == pytest.approx(0, abs=0.01)
+    assert row["single_size"] == pytest.approx(first**2 / second, abs=0.01)
+
+
+@pytest.mark.parametrize("script", [diffsac_continuous, diffppo_continuous, dime])
+def test_weights_of_a_chain_are_those_of_its_actions(script):
+    """Z from single steps of a policy that is not the optimum; the standard error is below 0.004."""
+    env = gym.make(IDS[0]).unwrapped
+    torch.manual_seed(1)
+    actor = script.Actor(env.observation_space, env.action_space, script.Args(diffusion_steps=3, prior_std=1.0))
+    randomise(actor, 0.05)
+    row = multimodality.compare(policy_of(actor, 1.0), 20_000, 10)[0]
+    assert row["tv"] > 0.1 and row["single_size"] > 0.4 and row["single_error"] == pytest.approx(0, abs=0.015)
+
+
+def test_optimum_refuses_a_temperature_without_a_density():
+    env = gym.make(IDS[1])
+    assert np.ptp(toys.optimum(env, 2.0, 0.5, actions=200, sectors=1).log_partition) > 1e-3
+    for alpha in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="alpha must be positive"):
+            toys.optimum(env, alpha)
+
+
+def test_log_z_is_left_out_where_it_depends_on_the_heading():
+    row = multimodality.compare(policy_of(Uniform(), 2.0, IDS[1]), 500, 10)[0]
+    assert all(np.isnan(row[name]) for name in ("gap", "single_error", "episode_error")) and np.isfinite(row["regret"])
+
+
 @pytest.mark.parametrize("left,kept", [(0.2, 16), (0.1, 8)])  # masses of the left mode: 1 / 6 and 1 / 11 of 1 / 2
 def test_a_mode_is_kept_from_a_quarter_of_its_mass_on(left, kept):
     row = multimodality.compare(policy_of(Exact(0.05, left), 0.05), 20_000, 10)[0]
@@ -217,12 +263,16 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     assert run_script(monkeypatch, diffppo_continuous, "--env-id", IDS[1], *flags, *on) == 0
     capsys.readouterr()
     checkpoints = sorted(tmp_path.glob("runs/*/checkpoint.pt"))
-    multimodality.table(checkpoints, samples=200, trajectories=10, figure=tmp_path / "table.png")
+    multimodality.table(checkpoints, samples=200, trajectories=10)
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == ["sac, seed 1", "diffppo, seed 1"]
     assert [row.split("|")[2].strip() for row in rows] == ["0.05", "1"]
     multimodality.table(checkpoints, samples=200, trajectories=10, distinguish=("alpha", "delta_last"))
     names = [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines()[2:]]
+    with pytest.raises(SystemExit, match="one environment"):
+        multimodality.table(checkpoints, samples=200, trajectories=10, figure=tmp_path / "table.png")
+    multimodality.table(checkpoints[1:], samples=200, trajectories=10, figure=tmp_path / "table.png")
+    capsys.readouterr()
     assert names == ["sac alpha=0.05 delta_last=None, seed 1", "diffppo alpha=1.0 delta_last=0.01, seed 1"]
     multimodality.table([checkpoints[1]] * 2, samples=200, trajectories=10, modes=tmp_path / "modes.csv")
     single, _, mean = (row.split("|") for row in capsys.readouterr().out.splitlines()[2:])

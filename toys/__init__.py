@@ -112,11 +112,15 @@ class Optimum:
 
 
 def optimum(env, alpha, gamma=0.99, actions=4000, sectors=15):
-    """The exact optimum of one of the two environments at temperature alpha, as an `Optimum`.
+    """The exact optimum of one of the two environments (wrapped or not) at temperature alpha > 0, as an `Optimum`.
 
     V, the soft value, is constant in the double well and, at alpha = 1, in the GMM: there `log_partition` is log of the
-    integral of exp(R / alpha). Otherwise it is carried by `sectors` headings in each sector, interpolated linearly.
+    integral of exp(R / alpha), exact but for the grid of actions. Otherwise V is carried by `sectors` headings in each
+    sector, interpolated linearly. ValueError: alpha is not positive. RuntimeError: V has not converged.
     """
+    env = env.unwrapped
+    if not 0 < alpha < np.inf:
+        raise ValueError(f"alpha must be positive, not {alpha}")
     grid = (np.arange(actions) + 0.5) / actions * 2 - 1
     width = 2 / actions
     count = SECTORS if env.snap else SECTORS * sectors
@@ -136,6 +140,8 @@ def optimum(env, alpha, gamma=0.99, actions=4000, sectors=15):
         change, values = np.abs(new - values).max(), new
         if change < 1e-9:
             break
+    else:
+        raise RuntimeError(f"soft values still change by {change:.1g}")
     density = np.exp(exponents - log_partition[:, None])
     entropy = -(density * np.log(density + 1e-300)).sum(axis=1) * width
     mean_reward = (density * rewards).sum(axis=1) * width
