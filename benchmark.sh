@@ -51,16 +51,16 @@ toy)
     anneal="--alpha-anneal 10"
     gmm_off="$gmm $off --hidden-dim 128 $anneal"
     larger="--total-timesteps 25000 --batch-size 512"
-    slower="--total-timesteps 30000 --utd 1 --policy-delay 1"
+    ratio="--utd 1 --policy-delay 1"
     on="--total-timesteps 400000 --eval-frequency 0"
     run --seeds 1 2 3 "$@" --commands \
         "{sac_continuous.py,wpo_continuous.py} $well_off" \
         "{diffsac_continuous.py,diffwpo_continuous.py} $well_off --diffusion-steps 8" \
-        "dime.py $well_off --diffusion-steps 8 --prior-std 1 --critic-dim 64 --v-min -2 --v-max 12" \
+        "dime.py $well_off $ratio --diffusion-steps 8 --prior-std 1 --critic-dim 64 --v-min -2 --v-max 12" \
         "{ppo_continuous.py,diffppo_continuous.py} $well $on" \
         "{sac_continuous.py,wpo_continuous.py} $gmm_off $larger" \
         "{diffsac_continuous.py,diffwpo_continuous.py} $gmm_off $larger --diffusion-steps 8" \
-        "dime.py $gmm_off $slower --diffusion-steps 8 --prior-std 1 --critic-dim 128 --v-min -200 --v-max 40" \
+        "dime.py $gmm_off --total-timesteps 30000 $ratio --diffusion-steps 8 --prior-std 1 --critic-dim 128 --v-min -200 --v-max 40" \
         "{ppo_continuous.py,diffppo_continuous.py} $gmm $on $anneal"
     ;;
 *)
