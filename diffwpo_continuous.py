@@ -420,7 +420,7 @@ def policy_loss(actor, actor_target, qf, obs, alpha, args):
     actions, log_prob = actor.act(latents, noise)
     value = qf(obs, actions).amin(0) - alpha * log_prob
     (decay, std), latents = actor.kernels(), latents.detach()
-    velocity = torch.autograd.grad(value.sum(), noise, retain_graph=True)[0][:-1] / std.detach()  # DIFF: (4) by eps_k
+    velocity = torch.autograd.grad(value.sum(), noise, retain_graph=True)[0][:-1] / std.detach()  # DIFF: (4) via eps_k
     mean, noise, latent = actor.means(obs, latents), noise.detach()[:-1], latents[:-1]
     # the score is (m - x) / sigma^2: F^-1 times its derivatives by m and sigma is 1 and eps, as those of m + sigma eps
     surrogate = mean + std * noise if args.precondition else (mean - latent) / std.square()

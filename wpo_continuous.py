@@ -341,7 +341,7 @@ def policy_loss(actor, actor_target, qf, obs, alpha, args):
     noise, std = torch.randn_like(mean).requires_grad_(), log_std.exp()
     actions, log_prob = actor.act(mean.detach(), log_std.detach(), noise)
     value = qf(obs, actions).amin(0) - alpha * log_prob
-    velocity = torch.autograd.grad(value.sum(), noise, retain_graph=True)[0] / std.detach()  # DIFF: (W1) through eps
+    velocity = torch.autograd.grad(value.sum(), noise, retain_graph=True)[0] / std.detach()  # DIFF: (W1) via eps
     noise, latent = noise.detach(), (mean + std * noise).detach()
     # the score is (m - x) / sigma^2: F^-1 times its derivatives by m and sigma is 1 and eps, as those of m + sigma eps
     surrogate = mean + std * noise if args.precondition else (mean - latent) / std.square()
