@@ -229,12 +229,6 @@ def main(args: Args):
             with torch.no_grad():
                 actions = act(obs_rms(to_tensor(obs, device)))[0].cpu().numpy()
 
-        # ALGO LOGIC: learn
-        if not args.autotune:
-            temperature.log_alpha.data.fill_(run.fixed_log_alpha())
-        for _ in range(run.updates_due()):
-            metrics = update(buffer.sample(args.batch_size))
-
         # TRY NOT TO MODIFY: step the environments and store the transitions
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         last_obs = next_obs.copy()
@@ -247,6 +241,11 @@ def main(args: Args):
         obs_rms.update(to_tensor(obs, device))
         obs = next_obs
 
+        # ALGO LOGIC: learn
+        if not args.autotune:
+            temperature.log_alpha.data.fill_(run.fixed_log_alpha())
+        for _ in range(run.updates_due()):
+            metrics = update(buffer.sample(args.batch_size))
         if metrics and run.due(100):
             run.log(metrics)
         if run.due(args.eval_frequency) or run.step >= args.total_timesteps:
@@ -369,9 +368,10 @@ def make_envs(env_id, num_envs):
         fail(f"cannot train in {env_id}: {error}")
 
 
-def env_seeds(seed, count):
-    """Seeds of the evaluation's environments."""
-    return np.random.SeedSequence((seed, 1)).generate_state(count).tolist()
+def env_seeds(seed, count, purpose):
+    """Seeds of environments; other seeds and purposes (0: evaluation) share none of them."""
+    entropies = [np.random.SeedSequence((seed, i, purpose)) for i in range(count)]
+    return [int(entropy.generate_state(1)[0]) for entropy in entropies]
 
 
 def to_tensor(array, device):
@@ -490,7 +490,7 @@ class Run:
     def reset(self):
         """First observations (num_envs, obs_dim); a resumed run begins new episodes."""
         self.envs.action_space.seed(self.args.seed + self.step)
-        obs, _ = self.envs.reset(seed=self.args.seed + self.step)
+        obs, _ = self.envs.reset(seed=env_seeds(self.args.seed, self.args.num_envs, 1 + self.step))
         self.check({"an observation": obs})
         return obs
 
@@ -503,8 +503,8 @@ class Run:
 
     def updates_due(self):
         """Gradient steps now: --utd for each environment step past --learning-starts."""
-        learned = max(0, self.step - self.args.learning_starts)
-        due = max(0, self.step + self.args.num_envs - self.args.learning_starts)
+        learned = max(0, self.step - self.args.num_envs - self.args.learning_starts)
+        due = max(0, self.step - self.args.learning_starts)
         return math.floor(self.args.utd * due) - math.floor(self.args.utd * learned)
 
     def fixed_log_alpha(self):
@@ -567,7 +567,7 @@ class Run:
         for name, policy in policies.items():
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(self.args.seed)
-                obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs))
+                obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs, 0))
                 returns, active, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), 0
                 while active.any() and steps < 10_000:
                     if self.stop_signal:
