@@ -8,12 +8,21 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                                (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                  (4)
 
-Only the actor changes: K denoising steps from a^K ~ N(0, nu^2 I), with c = network(s, a^k, k),
+Only the actor changes: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
 
-    a^(k-1) = (1 - delta_k / 2) a^k + nu sqrt(delta_k) (c + noise_k),  a = tanh(a^0)            (5)
+    a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)          (5)
 
-and the path log-ratio to the noising kernels N((1 - delta_k / 2) a^(k-1), nu^2 delta_k I) takes the
-place of log pi in (1), (3), (4): an upper bound on it in the mean (data-processing inequality).
+The density of a is unknown. In (1), (3) and (4) the log-ratio of the chain to the one without
+control, which keeps the density p, takes the place of log pi: in the mean, an upper bound on it.
+
+    log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                           (6)
+
+--actor-gradient chain differentiates (3) through all K steps. The paper's, step, goes through one
+and asks a critic V of the latents about the rest; where it leads too far, (9) takes its place:
+
+    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2) ]  (7)
+    actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   a^k from a chain, held constant       (8)
+    or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c     (9)
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -88,9 +97,12 @@ class Args:
     # diffusion policy
     diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 1.0  # standard deviation nu of the prior
-    delta_first: float = 1.0  # delta_K of the first denoising step
+    delta_first: float = 0.9  # delta_K of the first denoising step
     delta_last: float = 0.01  # delta_1 of the last; geometric between
     learn_delta: bool = True  # learn delta per step and dimension
+    actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
+    kl_bound: float = 1.0  # nats from the average actor (9); step only
+    max_grad_norm: float = 0.5  # of actor and latent critic; step only
 
 
 # ALGO LOGIC: networks and losses
@@ -122,73 +134,92 @@ def squash(latent):
     return action, log_slope.sum(-1)
 
 
-DELTA_MIN, DELTA_MAX = 1e-4, 1.9  # range of a learned delta
+DELTA_MIN, DELTA_MAX = 1e-4, 0.999  # range of a learned delta
+
+
+class Chain(NamedTuple):
+    """One chain for each state. Row k of `latents` is a^k, row k - 1 of the others is step k."""
+
+    latents: torch.Tensor  # (K + 1, batch, action_dim)
+    controls: torch.Tensor  # (K, batch, action_dim)
+    noises: torch.Tensor  # (K, batch, action_dim)
 
 
 class Actor(nn.Module):
-    """Diffusion policy (5), squashed by tanh to [-1, 1]; step k is row k - 1 of a tensor."""
+    """Diffusion policy (5), squashed by tanh to [-1, 1]."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.steps, self.prior_std = args.diffusion_steps, args.prior_std
-        k = torch.arange(1, self.steps + 1)
-        position = (self.steps - k) / max(self.steps - 1, 1)  # 0 at step K, 1 at step 1
-        delta = args.delta_first * (args.delta_last / args.delta_first) ** position
+        delta = torch.from_numpy(np.geomspace(args.delta_last, args.delta_first, self.steps))
+        delta = delta.float()[:, None].expand(-1, action_dim)
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
-        logit = logit[:, None].repeat(1, action_dim)
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
-        angle = k[:, None] * 100 ** -torch.linspace(0, 1, 16)
-        self.register_buffer("step_embedding", torch.cat((angle.sin(), angle.cos()), dim=1))
+        # one layer on (s, k, a^k), cut into three: only the last is inside the loop over k
         self.fc_obs = nn.Linear(obs_dim, args.hidden_dim)
-        self.fc_step = nn.Linear(self.step_embedding.shape[1], args.hidden_dim, bias=False)
+        self.fc_step = nn.Embedding(self.steps, args.hidden_dim)
         self.fc_latent = nn.Linear(action_dim, args.hidden_dim, bias=False)
         self.fc2 = nn.Linear(args.hidden_dim, args.hidden_dim)
         self.fc_control = nn.Linear(args.hidden_dim, action_dim)
-        nn.init.zeros_(self.fc_control.weight)
+        nn.init.zeros_(self.fc_control.weight)  # c = 0 at first: the policy is the squashed prior
         nn.init.zeros_(self.fc_control.bias)
 
     def kernels(self):
-        """Decay 1 - delta_k / 2 and standard deviation nu sqrt(delta_k), (K, 1, action_dim)."""
-        delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * torch.sigmoid(self.delta_logit)
-        return (1 - delta / 2)[:, None], (self.prior_std * delta.sqrt())[:, None]
+        """Decay sqrt(1 - delta_k) and std nu sqrt(delta_k), (K, action_dim); k in row k - 1."""
+        delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * self.delta_logit.sigmoid()
+        return (1 - delta).sqrt(), self.prior_std * delta.sqrt()
+
+    def control(self, obs_features, latent, k):
+        """c(s, a^k, k), (batch, action_dim), of `fc_obs(obs)`; k an integer or one for each row."""
+        x = F.relu(obs_features + self.fc_step.weight[k - 1] + self.fc_latent(latent))
+        return self.fc_control(F.relu(self.fc2(x)))
 
     def chain(self, obs, noise_scale=1.0):
-        """Latents a^0 ... a^K and noises, both (K + 1, batch, action_dim)."""
+        """Run the `Chain` of each obs (batch, obs_dim), from the prior to the latent action."""
         shape = (self.steps + 1, len(obs), self.fc_latent.in_features)
         noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
-        decay, std = self.kernels()
-        obs_features, step_features = self.fc_obs(obs), self.fc_step(self.step_embedding)
-        latent = self.prior_std * noise[-1]
-        latents = [latent]
+        noises, prior_noise = noise[:-1], noise[-1]
+        latents, controls = [self.prior_std * prior_noise], []
+        obs_features, (decay, std) = self.fc_obs(obs), self.kernels()
         for k in range(self.steps, 0, -1):
-            x = F.relu(obs_features + step_features[k - 1] + self.fc_latent(latent))
-            control = self.fc_control(F.relu(self.fc2(x)))
-            latent = decay[k - 1] * latent + std[k - 1] * (control + noise[k - 1])  # DIFF: (5)
-            latents.append(latent)
-        return torch.stack(latents[::-1]), noise
+            control = self.control(obs_features, latents[0], k)
+            latent = decay[k - 1] * latents[0] + std[k - 1] * (control + noises[k - 1])  # DIFF: (5)
+            latents.insert(0, latent)
+            controls.insert(0, control)
+        return Chain(torch.stack(latents), torch.stack(controls), noises)
+
+    def end_cost(self, latent):
+        """The action of a^0, and log p(a^0) - log |da / da^0|, the first terms of (6)."""
+        normal = -0.5 * (latent / self.prior_std).square() - 0.5 * math.log(2 * math.pi)
+        action, log_det = squash(latent)
+        return action, (normal - math.log(self.prior_std)).sum(-1) - log_det
+
+    def outcome(self, chain):
+        """Action (batch, action_dim) of a chain, and the log-ratio (6), (batch,)."""
+        action, end_cost = self.end_cost(chain.latents[0])
+        cost = 0.5 * chain.controls.square() + chain.controls * chain.noises
+        return action, end_cost + cost.sum((0, -1))  # DIFF: (6)
 
     def sample(self, obs):
-        """Reparameterised action (batch, action_dim) and path log-ratio (batch,)."""
-        latents, noise = self.chain(obs)
-        decay, std = self.kernels()
-        residual = (latents[1:] - decay * latents[:-1]) / std
-        log_ratio = 0.5 * (residual.square() - noise[:-1].square()).sum((0, -1))
-        log_prior = (
-            -0.5 * noise[-1].square() - math.log(self.prior_std) - 0.5 * math.log(2 * math.pi)
-        )
-        action, log_det = squash(latents[0])
-        return action, log_prior.sum(-1) + log_ratio - log_det
+        """Reparameterised action (batch, action_dim), and (6) in place of a log-probability."""
+        return self.outcome(self.chain(obs))
 
     def mean_action(self, obs):
-        """Action (batch, action_dim) of the chain without noise."""
-        return squash(self.chain(obs, noise_scale=0.0)[0][0])[0]
+        """Action (batch, action_dim) without noise."""
+        return self.outcome(self.chain(obs, noise_scale=0.0))[0]
 
 
-def critic_loss(qf, qf_target, batch, next_actions, next_log_prob, alpha, gamma):
-    """Squared soft Bellman error (2), summed over the twins, and the Q-values (2, batch)."""
-    with torch.no_grad():
-        next_value = qf_target(batch.next_obs, next_actions).amin(0) - alpha * next_log_prob
-        target = batch.rewards + gamma * (1 - batch.terminations) * next_value  # (1)
+def latent_critic_network(obs_dim, action_dim, args):
+    """V of (s, a^j, j / K), as the two parts of (7): of Q, and the cost that alpha multiplies."""
+    first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
+    second, last = nn.Linear(args.hidden_dim, args.hidden_dim), nn.Linear(args.hidden_dim, 2)
+    nn.init.zeros_(last.weight)  # no slope before there is evidence of one
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+
+
+def critic_loss(qf, batch, next_value, gamma):
+    """Squared error of (2), summed over the twins, and the Q-values (2, batch)."""
+    target = batch.rewards + gamma * (1 - batch.terminations) * next_value
     q = qf(batch.obs, batch.actions)
     return (q - target).square().mean(1).sum(), q
 
@@ -200,6 +231,36 @@ def actor_loss(actor, qf, obs, alpha):
     return (alpha * log_prob - q).mean(), log_prob
 
 
+def latent_critic_loss(actor, latent_critic, obs, chain, q, alpha):
+    """Squared error of (7) against what each chain brought, at another j in each row."""
+    rows = torch.arange(len(obs), device=obs.device)
+    j = 1 + rows % max(actor.steps - 1, 1)
+    with torch.no_grad():
+        cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: of the steps 1 ... j
+        cost = actor.end_cost(chain.latents[0])[1] + cost[j - 1, rows]
+    inputs = torch.cat((obs, chain.latents[j, rows], j[:, None] / actor.steps), dim=-1)
+    q_part, cost_part = latent_critic(inputs).unbind(-1)
+    return F.mse_loss(q_part, q) + alpha**2 * F.mse_loss(cost_part, cost)  # DIFF: (7)
+
+
+def step_actor_loss(actor, average_actor, qf, latent_critic, obs, chain, alpha, kl_bound):
+    """Equation (8) at another k in each row, or (9); and D (batch,)."""
+    rows = torch.arange(len(obs), device=obs.device)
+    k = 1 + rows % actor.steps
+    latent = chain.latents[k, rows]
+    average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
+    control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
+    latent = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
+    inputs = torch.cat((obs, latent, (k[:, None] - 1) / actor.steps), dim=-1)
+    q_part, cost_part = latent_critic(inputs).unbind(-1)
+    value = q_part - alpha * cost_part
+    action, end_cost = actor.end_cost(latent[:: actor.steps])  # rows of k = 1: Q itself is V_0
+    value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
+    surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
+    drift = 0.5 * actor.steps * (control - average_control).square().sum(-1)
+    return torch.where(drift < kl_bound, surrogate, 0.3 * drift).mean(), drift  # DIFF: (9)
+
+
 def temperature_loss(log_alpha, log_prob, target_entropy):
     """Equation (4): its gradient raises alpha while the entropy is below the target."""
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
@@ -207,7 +268,7 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 def main(args: Args):
     # set-up
-    device = set_up(args)
+    device, by_step = set_up(args), args.actor_gradient == "step"
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
@@ -216,16 +277,19 @@ def main(args: Args):
     actor = Actor(obs_dim, action_dim, args).to(device)
     qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
     qf_target = copy.deepcopy(qf).requires_grad_(False)
+    latent_critic = latent_critic_network(obs_dim, action_dim, args).to(device)
+    average_actor = copy.deepcopy(actor).requires_grad_(False)
     temperature = nn.ParameterDict({"log_alpha": torch.tensor(args.alpha).log()}).to(device)
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
-    q_optimizer = adam(qf.parameters(), lr=args.q_lr)
+    q_optimizer = adam([*qf.parameters(), *latent_critic.parameters()], lr=args.q_lr)
     alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     parts = {"actor": actor, "qf": qf, "qf_target": qf_target, "temperature": temperature}
     parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
     parts |= {"alpha_optimizer": alpha_optimizer, "obs_rms": obs_rms, "buffer": buffer}
+    parts |= {"latent_critic": latent_critic, "average_actor": average_actor}
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
 
     def update(batch):
@@ -234,17 +298,30 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            next_actions, next_log_prob = actor.sample(batch.next_obs)
-        q_loss, q = critic_loss(
-            qf, qf_target, batch, next_actions, next_log_prob, alpha, args.gamma
-        )
+            # one chain serves all losses; a terminal s' has no action, and gives its row to s
+            obs = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
+            chain = actor.chain(obs)
+            next_actions, next_log_prob = actor.outcome(chain)
+            next_q = qf_target(obs, next_actions).amin(0)
+        q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
+        if by_step:
+            q_loss = q_loss + latent_critic_loss(actor, latent_critic, obs, chain, next_q, alpha)
         q_optimizer.zero_grad()
         q_loss.backward()
+        if by_step:
+            nn.utils.clip_grad_norm_(latent_critic.parameters(), args.max_grad_norm)
         q_optimizer.step()
 
-        pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)
+        if by_step:
+            networks = (actor, average_actor, qf, latent_critic)
+            pi_loss, drift = step_actor_loss(*networks, obs, chain, alpha, args.kl_bound)
+            log_prob = next_log_prob
+        else:
+            pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)
         actor_optimizer.zero_grad()
         pi_loss.backward(inputs=list(actor.parameters()))  # not into the critics' weights
+        if by_step:
+            nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
         actor_optimizer.step()
 
         if args.autotune:
@@ -254,12 +331,19 @@ def main(args: Args):
             alpha_optimizer.step()
 
         with torch.no_grad():
-            for average, parameter in zip(qf_target.parameters(), qf.parameters(), strict=True):
-                average.lerp_(parameter, args.tau)
+            for average, weight in zip(qf_target.parameters(), qf.parameters(), strict=True):
+                average.lerp_(weight, args.tau)
+            for average, weight in zip(average_actor.parameters(), actor.parameters(), strict=True):
+                average.lerp_(weight, args.tau)
 
-        metrics = {"critic_loss": q_loss, "qf_values": q, "actor_loss": pi_loss}
-        metrics |= {"alpha": alpha, "entropy": -log_prob}
-        return {f"losses/{name}": value.detach() for name, value in metrics.items()}
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
+        metrics |= {"diffusion/control_energy": 0.5 * chain.controls.square().sum((0, -1))}
+        metrics |= {"diffusion/noise_std_1": actor.kernels()[1][0]}
+        if by_step:
+            metrics |= {"diffusion/kl_to_average": drift}
+            metrics |= {"diffusion/in_trust_region": (drift < args.kl_bound).float()}
+        return {"losses/alpha": alpha} | {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, update, actor.sample)
 
@@ -331,6 +415,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, fixed with --no-autotune")
+    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+        fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")
     if given.get("buffer_size", args.num_envs) < args.num_envs:

@@ -140,11 +140,9 @@ class Actor(nn.Module):
         return squash(self(obs)[0])[0]
 
 
-def critic_loss(qf, qf_target, batch, next_actions, next_log_prob, alpha, gamma):
-    """Squared soft Bellman error (2), summed over the twins, and the Q-values (2, batch)."""
-    with torch.no_grad():
-        next_value = qf_target(batch.next_obs, next_actions).amin(0) - alpha * next_log_prob
-        target = batch.rewards + gamma * (1 - batch.terminations) * next_value  # (1)
+def critic_loss(qf, batch, next_value, gamma):
+    """Squared error of (2), summed over the twins, and the Q-values (2, batch)."""
+    target = batch.rewards + gamma * (1 - batch.terminations) * next_value
     q = qf(batch.obs, batch.actions)
     return (q - target).square().mean(1).sum(), q
 
@@ -191,9 +189,8 @@ def main(args: Args):
 
         with torch.no_grad():
             next_actions, next_log_prob = actor.sample(batch.next_obs)
-        q_loss, q = critic_loss(
-            qf, qf_target, batch, next_actions, next_log_prob, alpha, args.gamma
-        )
+            next_q = qf_target(batch.next_obs, next_actions).amin(0)
+        q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         q_optimizer.zero_grad()
         q_loss.backward()
         q_optimizer.step()
@@ -210,12 +207,12 @@ def main(args: Args):
             alpha_optimizer.step()
 
         with torch.no_grad():
-            for average, parameter in zip(qf_target.parameters(), qf.parameters(), strict=True):
-                average.lerp_(parameter, args.tau)
+            for average, weight in zip(qf_target.parameters(), qf.parameters(), strict=True):
+                average.lerp_(weight, args.tau)
 
-        metrics = {"critic_loss": q_loss, "qf_values": q, "actor_loss": pi_loss}
-        metrics |= {"alpha": alpha, "entropy": -log_prob}
-        return {f"losses/{name}": value.detach() for name, value in metrics.items()}
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
+        return {"losses/alpha": alpha} | {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, update, actor.sample)
 
@@ -287,6 +284,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, fixed with --no-autotune")
+    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+        fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
