@@ -92,7 +92,7 @@ class Args:
     alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
     alpha_lr: float = 3e-4  # learning rate of the temperature
     target_entropy: float | None = None  # nats, actions in [-1, 1]; -dim(A)
-    normalize_obs: bool = False  # observations by running mean and std
+    normalize_obs: bool = True  # observations by running mean and std
 
     # diffusion policy
     diffusion_steps: int = 8  # denoising steps K
@@ -151,8 +151,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.steps, self.prior_std = args.diffusion_steps, args.prior_std
-        delta = torch.from_numpy(np.geomspace(args.delta_last, args.delta_first, self.steps))
-        delta = delta.float()[:, None].expand(-1, action_dim)
+        ends = math.log10(args.delta_first), math.log10(args.delta_last)  # of steps K and 1
+        delta = torch.logspace(*ends, self.steps).flip(0)[:, None].expand(-1, action_dim)
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
         # one layer on (s, k, a^k), cut into three: only the last is inside the loop over k
@@ -455,12 +455,14 @@ class Interface(gym.Wrapper):
         if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
             raise ValueError(f"the bounds of its actions meet, or are 1e9 and more: {space}")
         self.centre, self.half_width = (high + low) / 2, (high - low) / 2
+        self.bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
         size = gym.spaces.flatdim(obs_space)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, space.shape, np.float32)
 
     def observation(self, obs):  # a copy: an environment may write all of them into one array
-        return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
+        with np.errstate(over="ignore"):  # `Run.check` stops at what is then infinite
+            return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
 
     def reset(self, **options):
         return self.observation(self.env.reset(**options)[0]), {}
@@ -511,6 +513,8 @@ def to_tensor(array, device):
 class RunningMeanStd(nn.Module):
     """Normalises by mean and variance of all rows that `update` has seen, unless disabled."""
 
+    EPSILON, CLIP = 1e-8, 10.0
+
     def __init__(self, dim, enabled=True):
         super().__init__()
         self.enabled = enabled
@@ -528,7 +532,9 @@ class RunningMeanStd(nn.Module):
             self.mean += weight * shift
 
     def forward(self, x):
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10) if self.enabled else x
+        if not self.enabled:
+            return x
+        return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
 
 
 def speed_up(args, update, act):
@@ -717,7 +723,7 @@ class Run:
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
                 self.check({f"{name}.{key}": value for key, value in state[name].items()})
-        state |= {
+        state |= self.envs.get_attr("bounds")[0] | {
             "script": Path(__file__).stem,
             "args": asdict(self.args),
             "global_step": self.step,

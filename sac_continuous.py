@@ -76,7 +76,7 @@ class Args:
     alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
     alpha_lr: float = 3e-4  # learning rate of the temperature
     target_entropy: float | None = None  # nats, actions in [-1, 1]; -dim(A)
-    normalize_obs: bool = False  # observations by running mean and std
+    normalize_obs: bool = True  # observations by running mean and std
 
 
 # ALGO LOGIC: networks and losses
@@ -324,12 +324,14 @@ class Interface(gym.Wrapper):
         if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
             raise ValueError(f"the bounds of its actions meet, or are 1e9 and more: {space}")
         self.centre, self.half_width = (high + low) / 2, (high - low) / 2
+        self.bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
         size = gym.spaces.flatdim(obs_space)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, space.shape, np.float32)
 
     def observation(self, obs):  # a copy: an environment may write all of them into one array
-        return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
+        with np.errstate(over="ignore"):  # `Run.check` stops at what is then infinite
+            return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
 
     def reset(self, **options):
         return self.observation(self.env.reset(**options)[0]), {}
@@ -380,6 +382,8 @@ def to_tensor(array, device):
 class RunningMeanStd(nn.Module):
     """Normalises by mean and variance of all rows that `update` has seen, unless disabled."""
 
+    EPSILON, CLIP = 1e-8, 10.0
+
     def __init__(self, dim, enabled=True):
         super().__init__()
         self.enabled = enabled
@@ -397,7 +401,9 @@ class RunningMeanStd(nn.Module):
             self.mean += weight * shift
 
     def forward(self, x):
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10) if self.enabled else x
+        if not self.enabled:
+            return x
+        return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
 
 
 def speed_up(args, update, act):
@@ -586,7 +592,7 @@ class Run:
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
                 self.check({f"{name}.{key}": value for key, value in state[name].items()})
-        state |= {
+        state |= self.envs.get_attr("bounds")[0] | {
             "script": Path(__file__).stem,
             "args": asdict(self.args),
             "global_step": self.step,

@@ -3,6 +3,7 @@
 import math
 import runpy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,35 @@ import wpo_continuous
 
 ROOT = Path(__file__).resolve().parent.parent
 WASSERSTEIN = [wpo_continuous, diffwpo_continuous]
-OFF_POLICY = [sac_continuous, diffsac_continuous, *WASSERSTEIN]
+PAIR = [sac_continuous, diffsac_continuous]  # the third edition; the others keep the second for now
+OFF_POLICY = [*PAIR, *WASSERSTEIN]
 ON_POLICY = [ppo_continuous, diffppo_continuous]
 SCRIPTS = OFF_POLICY + ON_POLICY + [dime]
+SECOND = [script for script in SCRIPTS if script not in PAIR]
+
+
+def quiet(script):
+    """The flag that the second edition needs for no progress bar."""
+    return [] if script in PAIR else ["--no-progress"]
 
 
 def make_actor(script, obs_dim=3, low=(-1.0,), high=(1.0,), **flags):
-    """An actor of a script, for a box of actions from low to high."""
+    """An actor of a script, for a box of actions from low to high ([-1, 1] in the third edition)."""
+    if script in PAIR:
+        return script.Actor(obs_dim, len(low), script.Args(**flags))
     observation_space = Box(-np.inf, np.inf, (obs_dim,))
     action_space = Box(np.asarray(low, dtype=np.float32), np.asarray(high, dtype=np.float32))
     return script.Actor(observation_space, action_space, script.Args(**flags))
+
+
+def save_policy(script, path, args, actor, global_step=0):
+    """Write a checkpoint that holds an actor, as tools/ need it."""
+    if script not in PAIR:
+        return script.save_checkpoint(path, args, {"actor": actor}, global_step=global_step)
+    obs_dim = (actor.fc1 if hasattr(actor, "fc1") else actor.fc_obs).in_features
+    state = {"script": script.__name__, "args": asdict(args), "global_step": global_step}
+    parts = {"actor": actor, "obs_rms": script.RunningMeanStd(obs_dim, args.normalize_obs)}
+    torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path)
 
 
 def randomise(actor, scale=0.3):
@@ -42,7 +62,15 @@ def actor_loss(script, actor, qf, obs, alpha, **flags):
     """The actor's loss of an off-policy script, without a trust region, and log_prob."""
     if script in WASSERSTEIN:
         return script.policy_loss(actor, actor, qf, obs, alpha, script.Args(**flags))[:2]
+    if script in PAIR:
+        return script.actor_loss(actor, qf, obs, alpha)
     return script.policy_loss(actor, qf, obs, alpha)
+
+
+def pathwise_loss(actor, qf, obs, alpha):
+    """SAC's actor loss of any actor, and log_prob."""
+    action, log_prob = actor.sample(obs)
+    return (alpha * log_prob - qf(obs, action).amin(0)).mean(), log_prob
 
 
 def chain(actor, obs, seed):
@@ -78,7 +106,7 @@ def linear_control_actor(script, slope, offset, delta, prior_std=1.0):
 
 def set_delta(actor, delta):
     """Give a diffusion actor the coefficients delta, (K, action_dim)."""
-    low, high = diffsac_continuous.DELTA_MIN, diffsac_continuous.DELTA_MAX
+    low, high = diffwpo_continuous.DELTA_MIN, diffwpo_continuous.DELTA_MAX
     with torch.no_grad():
         actor.delta_logit.copy_(torch.logit((delta - low) / (high - low)))
 

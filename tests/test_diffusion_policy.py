@@ -1,4 +1,4 @@
-"""diffsac_continuous.py against closed forms: Gaussian target, linear controls, exact quadrature, densities on a grid.
+"""The second edition's chain, on the actor of diffwpo_continuous.py, against closed forms: Gaussian target, linear controls, exact quadrature, densities on a grid.
 
 The latent value Q(a) = -(c/2) (a - b)^2 at temperature alpha has the target exp(Q/alpha)/Z = N(b, alpha/c). It is put
 into the script's own `policy_loss` by a critic that undoes the squashing and its log-determinant.
@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 
-import diffsac_continuous
 import diffwpo_continuous
 from tests.common import (
     actor_loss,
@@ -18,6 +17,7 @@ from tests.common import (
     linear_control_actor,
     log_normal,
     make_actor,
+    pathwise_loss,
     randomise,
     set_delta,
 )
@@ -53,7 +53,7 @@ def exact_loss(monkeypatch, actor):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randn", lambda *shape, **_: noise)
         patch.setattr(torch.Tensor, "mean", lambda values, *_: (values * weights).sum())
-        return diffsac_continuous.policy_loss(actor, latent_critic(actor), torch.zeros(len(nodes), 1), ALPHA)[0]
+        return pathwise_loss(actor, latent_critic(actor), torch.zeros(len(nodes), 1), ALPHA)[0]
 
 
 def quadratic_step(p, q, r, delta, control_slope, control_offset):
@@ -110,12 +110,12 @@ def reference_control(actor, obs, latent, k):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_path_log_ratio_is_the_sum_of_kernel_log_densities(steps):
     actor = make_actor(
-        diffsac_continuous, low=(-1.0, -0.4), high=(3.0, 0.4), diffusion_steps=steps, prior_std=1.5, hidden_dim=16
+        diffwpo_continuous, low=(-1.0, -0.4), high=(3.0, 0.4), diffusion_steps=steps, prior_std=1.5, hidden_dim=16
     )
     randomise(actor)
     obs = torch.randn(30, 3)
     action, log_prob, latents, noise = chain(actor, obs, seed=3)
-    low, high = diffsac_continuous.DELTA_MIN, diffsac_continuous.DELTA_MAX
+    low, high = diffwpo_continuous.DELTA_MIN, diffwpo_continuous.DELTA_MAX
     delta = low + (high - low) / (1 + torch.exp(-actor.delta_logit))
     expected = log_normal(latents[steps], 0.0, torch.tensor(1.5))
     for k in range(steps, 0, -1):
@@ -131,7 +131,7 @@ def test_path_log_ratio_is_the_sum_of_kernel_log_densities(steps):
 
 
 def test_initial_policy_has_no_control_and_a_geometric_schedule():
-    actor = make_actor(diffsac_continuous, diffusion_steps=5, hidden_dim=16, delta_first=1.0, delta_last=0.01)
+    actor = make_actor(diffwpo_continuous, diffusion_steps=5, hidden_dim=16, delta_first=1.0, delta_last=0.01)
     decay, std = actor.kernels()
     expected = torch.tensor([0.01, 0.01**0.75, 0.1, 0.01**0.25, 1.0])[:, None, None]
     torch.testing.assert_close(2 * (1 - decay), expected)
@@ -147,7 +147,7 @@ def test_initial_policy_has_no_control_and_a_geometric_schedule():
 
 
 def test_fixed_schedule_is_not_learned():
-    actor = make_actor(diffsac_continuous, learn_delta=False)
+    actor = make_actor(diffwpo_continuous, learn_delta=False)
     randomise(actor)
     actor.sample(torch.randn(5, 3))[1].mean().backward()
     assert actor.delta_logit.grad is None and actor.fc2.weight.grad is not None
@@ -158,7 +158,7 @@ def test_partition_function_is_unbiased_for_any_parameters(steps):
     """E_q[ exp(Q/alpha) pi(chain) / q(chain) ] = integral over the action box of exp(Q/alpha)."""
     low, high, temperature = (-1.0, -0.5), (3.0, 2.0), 0.7
     actor = make_actor(
-        diffsac_continuous, low=low, high=high, diffusion_steps=steps, hidden_dim=16, delta_last=0.1, prior_std=1.2
+        diffwpo_continuous, low=low, high=high, diffusion_steps=steps, hidden_dim=16, delta_last=0.1, prior_std=1.2
     )
     randomise(actor, 0.2)
     grid = [torch.linspace(lo, hi, 4001) for lo, hi in zip(low, high, strict=True)]
@@ -178,7 +178,7 @@ def test_partition_function_is_unbiased_for_any_parameters(steps):
 def test_objective_of_linear_controls_is_the_closed_form(monkeypatch):
     """The script's actor loss, by exact quadrature, is -J - alpha H(prior)."""
     slope, offset = [0.9, -0.4, 0.3], [0.2, 0.5, -0.6]
-    actor = linear_control_actor(diffsac_continuous, slope, offset, DELTA, PRIOR_STD)
+    actor = linear_control_actor(diffwpo_continuous, slope, offset, DELTA, PRIOR_STD)
     expected = -closed_form_objective(torch.tensor(DELTA), slope, offset) - ALPHA * PRIOR_ENTROPY
     assert exact_loss(monkeypatch, actor).item() == pytest.approx(expected.item(), abs=1e-8)
 
@@ -187,23 +187,23 @@ def test_objective_of_linear_controls_is_the_closed_form(monkeypatch):
 def test_gap_at_the_gaussian_targets_optimum(monkeypatch, delta):
     """With the controls that reverse the noising, ln Z - bound is the closed form, and no control does better."""
     slope, offset, gap, _, _ = optimal_control(delta)
-    loss = exact_loss(monkeypatch, linear_control_actor(diffsac_continuous, slope, offset, delta, PRIOR_STD)).item()
+    loss = exact_loss(monkeypatch, linear_control_actor(diffwpo_continuous, slope, offset, delta, PRIOR_STD)).item()
     assert LOG_Z + loss / ALPHA == pytest.approx(gap, abs=1e-7)
     for sign in (-0.05, 0.05):
         for kind in range(2):
             moved = [list(slope), list(offset)]
             moved[kind][0] += sign
-            worse = exact_loss(monkeypatch, linear_control_actor(diffsac_continuous, *moved, delta, PRIOR_STD))
+            worse = exact_loss(monkeypatch, linear_control_actor(diffwpo_continuous, *moved, delta, PRIOR_STD))
             assert worse.item() > loss + 1e-7
 
 
 def test_chain_gradient_is_the_sum_of_per_step_gradients(monkeypatch):
     """With exact Q_k, the gradient through the chain equals the sum over k of the policy-gradient terms."""
     slope, offset = torch.tensor([0.9, -0.4, 0.3]), torch.tensor([0.2, 0.5, -0.6])
-    actor = linear_control_actor(diffsac_continuous, slope, offset, DELTA, PRIOR_STD)
+    actor = linear_control_actor(diffwpo_continuous, slope, offset, DELTA, PRIOR_STD)
     exact_loss(monkeypatch, actor).backward()
     weight = actor.fc_control.weight.grad.view(3, 3)
-    low, high, delta = diffsac_continuous.DELTA_MIN, diffsac_continuous.DELTA_MAX, torch.tensor(DELTA)
+    low, high, delta = diffwpo_continuous.DELTA_MIN, diffwpo_continuous.DELTA_MAX, torch.tensor(DELTA)
     delta_grad = actor.delta_logit.grad[:, 0] / ((delta - low) * (high - delta) / (high - low))
     chain_gradients = [weight[:, 0] - weight[:, 1], weight[:, 2], delta_grad]
 
@@ -230,7 +230,7 @@ def test_chain_gradient_is_the_sum_of_per_step_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("learn_delta", [False, True])
-@pytest.mark.parametrize("script", [diffsac_continuous, diffwpo_continuous])
+@pytest.mark.parametrize("script", [diffwpo_continuous])
 def test_training_reaches_the_gaussian_target(script, learn_delta):
     """With the script's own loss the gap comes within 0.05 nats of the optimum, or below it with learned delta."""
     torch.manual_seed(7)
@@ -245,8 +245,8 @@ def test_training_reaches_the_gaussian_target(script, learn_delta):
         loss.backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():  # DiffSAC's loss, the negative bound, of either actor
-        loss, _ = diffsac_continuous.policy_loss(actor, latent_critic(actor), torch.zeros(200_000, 1), ALPHA)
+    with torch.no_grad():  # the pathwise loss, the negative bound, of either actor
+        loss, _ = pathwise_loss(actor, latent_critic(actor), torch.zeros(200_000, 1), ALPHA)
         latent = torch.atanh(actor.sample(torch.zeros(200_000, 1))[0])
     gap = LOG_Z + loss.item() / ALPHA
     if learn_delta:  # a tighter bound, closer to the target itself
@@ -262,7 +262,7 @@ def test_training_reaches_the_gaussian_target(script, learn_delta):
 def test_entropy_bound_lies_below_the_entropy_of_the_action():
     """In one dimension, by carrying the density of a^k through the kernels on a grid."""
     steps = 3
-    actor = make_actor(diffsac_continuous, 1, low=(-0.5,), high=(1.5,), diffusion_steps=steps, hidden_dim=16)
+    actor = make_actor(diffwpo_continuous, 1, low=(-0.5,), high=(1.5,), diffusion_steps=steps, hidden_dim=16)
     randomise(actor, 0.2)
     set_delta(actor, torch.tensor([0.1, 0.3, 0.8])[:, None])
     grid = torch.linspace(-12, 12, 2401)
@@ -294,7 +294,7 @@ def test_entropy_bound_lies_below_the_entropy_of_the_action():
 
 
 def test_mean_action_is_the_chain_without_noise():
-    actor = make_actor(diffsac_continuous, diffusion_steps=3, hidden_dim=16)
+    actor = make_actor(diffwpo_continuous, diffusion_steps=3, hidden_dim=16)
     randomise(actor)
     obs = torch.randn(4, 3)
     latent, (decay, std) = torch.zeros(4, 1), actor.kernels()
@@ -304,7 +304,7 @@ def test_mean_action_is_the_chain_without_noise():
 
 
 def test_actor_is_equivariant_to_the_order_of_action_dimensions(monkeypatch):
-    actor = make_actor(diffsac_continuous, low=(-1.0, -1.0), high=(1.0, 1.0), diffusion_steps=3, hidden_dim=16)
+    actor = make_actor(diffwpo_continuous, low=(-1.0, -1.0), high=(1.0, 1.0), diffusion_steps=3, hidden_dim=16)
     randomise(actor)
     obs = torch.randn(6, 3)
     _, log_prob, latents, noise = chain(actor, obs, seed=1)

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.common import ON_POLICY, ROOT, SCRIPTS, run_script
+from tests.common import ON_POLICY, ROOT, SCRIPTS, quiet, run_script
 
 STEPS = 50
 POOLS = {int: [-1, 0, 1, 2, 3, 7, 16], float: [-1.0, 0.0, 1e-3, 0.1, 0.5, 0.99, 1.0, 2.0, math.inf, math.nan]}
@@ -76,7 +76,8 @@ def is_rate(field):
 def commands(script):
     """A strategy for up to three flags with their values, beside those that keep a run short."""
     fields = {field.name: field for field in dataclasses.fields(script.Args) if field.name not in FIXED}
-    words = "--env-id Short-v0 --device cpu --no-progress --hidden-dim 16 --eval-episodes 1 --total-timesteps 50"
+    words = "--env-id Short-v0 --device cpu --hidden-dim 16 --eval-episodes 1 --total-timesteps 50 "
+    words += " ".join(quiet(script))
     if script in ON_POLICY:
         words += " --num-envs 1 --num-steps 10 --num-minibatches 2 --update-epochs 2"
     else:
@@ -160,7 +161,7 @@ def test_flags_are_accepted_or_refused(script, examples):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_flag_away_from_its_default(script):
     """All at once: what no random choice of three may meet."""
-    flags = "--env-id Short-v0 --device cpu --no-progress --total-timesteps 50".split()
+    flags = ["--env-id", "Short-v0", "--device", "cpu", "--total-timesteps", "50", *quiet(script)]
     for field in dataclasses.fields(script.Args):
         flag = f"--{field.name.replace('_', '-')}"
         if field.name in FIXED:

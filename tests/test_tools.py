@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sac_continuous
-from tests.common import SCRIPTS, make_actor, randomise, run_script
+from tests.common import SCRIPTS, make_actor, randomise, run_script, save_policy
 from tools import enjoy, plot
 
 FLAGS = "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 40 --hidden-dim 16 --eval-episodes 2".split()
@@ -19,7 +19,7 @@ FLAGS = "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 40 --hidden
 def test_export_table_and_figure(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for seed in (1, 2):
-        flags = [*FLAGS, "--eval-frequency", 30, "--no-progress", "--seed", seed]
+        flags = [*FLAGS, "--eval-frequency", 30, "--seed", seed]
         assert run_script(monkeypatch, sac_continuous, *flags) == 0
     plot.export(sorted(tmp_path.glob("runs/*")), to=tmp_path / "results")
     files = sorted(tmp_path.glob("results/Pendulum-v1/*.csv"))
@@ -55,7 +55,7 @@ def test_exported_commit_is_the_one_of_the_runs_start(monkeypatch, tmp_path):
     for at in (clock - 200, clock - 100, clock + 100):  # the last one after the run
         git("commit", "-q", "--allow-empty", "-m", "x", at=at)
         commits.append(git("rev-parse", "HEAD"))
-    assert run_script(monkeypatch, sac_continuous, *FLAGS, "--no-progress") == 0
+    assert run_script(monkeypatch, sac_continuous, *FLAGS) == 0
     assert plot.read_events(next(tmp_path.glob("runs/*"))).facts["commit"] == commits[1]
 
 
@@ -161,7 +161,7 @@ def test_enjoy_evaluates_a_checkpoint_of_any_script(script, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     actor = make_actor(script, 2, hidden_dim=16)
     args = script.Args(env_id="tests.scripted_env:Scripted-v0", hidden_dim=16)
-    script.save_checkpoint(tmp_path / "checkpoint.pt", args, {"actor": actor}, global_step=7)
+    save_policy(script, tmp_path / "checkpoint.pt", args, actor, global_step=7)
     for mean_action in (False, True):
         enjoy.main(enjoy.Args(tmp_path / "checkpoint.pt", episodes=1, mean_action=mean_action))
         out = json.loads(capsys.readouterr().out)
@@ -178,7 +178,7 @@ def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, cap
         actor.fc_mean.weight.zero_()
         actor.fc_mean.bias.fill_(0.5)
     args = sac_continuous.Args(env_id="tests.scripted_env:PaysTheAction-v0", hidden_dim=16)
-    sac_continuous.save_checkpoint(tmp_path / "checkpoint.pt", args, {"actor": actor}, global_step=0)
+    save_policy(sac_continuous, tmp_path / "checkpoint.pt", args, actor)
     enjoy.main(enjoy.Args(tmp_path / "checkpoint.pt", episodes=2, mean_action=True))
     assert json.loads(capsys.readouterr().out)["returns"] == pytest.approx([20 * np.tanh(0.5)] * 2, rel=1e-5)
     (tmp_path / "garbage.pt").write_bytes(b"nothing")

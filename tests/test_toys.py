@@ -15,7 +15,8 @@ import diffsac_continuous
 import dime
 import sac_continuous
 import toys
-from tests.common import ROOT, randomise, run_script
+import wpo_continuous
+from tests.common import ROOT, make_actor, randomise, run_script
 from tools import exact
 
 spec = importlib.util.spec_from_file_location("multimodality", ROOT / "tools" / "multimodality.py")
@@ -209,9 +210,8 @@ def test_table_of_a_uniform_policy():
 @pytest.mark.parametrize("script", [diffsac_continuous, diffppo_continuous, dime])
 def test_weights_of_a_chain_are_those_of_its_actions(script):
     """Z from single steps of a policy that is not the optimum; the standard error is below 0.004."""
-    env = gym.make(IDS[0]).unwrapped
     torch.manual_seed(1)
-    actor = script.Actor(env.observation_space, env.action_space, script.Args(diffusion_steps=3, prior_std=1.0))
+    actor = make_actor(script, 2, diffusion_steps=3, prior_std=1.0)
     randomise(actor, 0.05)
     row = multimodality.compare(policy_of(actor, 1.0), 20_000, 10)[0]
     assert row["tv"] > 0.1 and row["single_size"] > 0.4 and row["single_error"] == pytest.approx(0, abs=0.015)
@@ -238,9 +238,8 @@ def test_a_mode_is_kept_from_a_quarter_of_its_mass_on(left, kept):
 
 @pytest.mark.parametrize("script", [diffsac_continuous, diffppo_continuous, dime])
 def test_latents_of_the_chain_lead_to_the_action(script):
-    env = gym.make(IDS[0])
     args = script.Args(diffusion_steps=3)
-    actor = script.Actor(env.observation_space, env.action_space, args)
+    actor = make_actor(script, 2, diffusion_steps=3)
     randomise(actor)
     obs = torch.randn(4000, 2)
     torch.manual_seed(2)
@@ -256,11 +255,11 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.syspath_prepend(str(ROOT))
-    flags = "--total-timesteps 60 --hidden-dim 16 --eval-episodes 1 --no-progress --device cpu".split()
+    flags = "--total-timesteps 60 --hidden-dim 16 --eval-episodes 1 --device cpu".split()
     off = "--learning-starts 40 --batch-size 16 --no-autotune --alpha 0.05".split()
     on = "--num-envs 2 --num-steps 10 --num-minibatches 2 --alpha 1".split()
     assert run_script(monkeypatch, sac_continuous, "--env-id", IDS[0], *flags, *off) == 0
-    assert run_script(monkeypatch, diffppo_continuous, "--env-id", IDS[1], *flags, *on) == 0
+    assert run_script(monkeypatch, diffppo_continuous, "--env-id", IDS[1], *flags, *on, "--no-progress") == 0
     capsys.readouterr()
     checkpoints = sorted(tmp_path.glob("runs/*/checkpoint.pt"))
     multimodality.table(checkpoints, samples=200, trajectories=10)
@@ -306,11 +305,11 @@ def test_exact_values_have_the_derivative_of_the_reward():
 
 
 def test_temperature_of_exact_training_is_annealed(monkeypatch):
-    seen, loss = [], sac_continuous.policy_loss
-    monkeypatch.setattr(sac_continuous, "policy_loss", lambda *given: seen.append(float(given[3])) or loss(*given))
-    args = sac_continuous.Args(env_id=IDS[1], autotune=False, alpha=0.5, alpha_anneal=16.0, total_timesteps=20)
+    seen, loss = [], wpo_continuous.policy_loss
+    monkeypatch.setattr(wpo_continuous, "policy_loss", lambda *given: seen.append(float(given[4])) or loss(*given))
+    args = wpo_continuous.Args(env_id=IDS[1], autotune=False, alpha=0.5, alpha_anneal=16.0, total_timesteps=20)
     args.batch_size, args.hidden_dim, args.progress = 4, 4, False
-    exact.train(sac_continuous, args)
+    exact.train(wpo_continuous, args)
     assert seen[0] == pytest.approx(8) and seen[7] == pytest.approx(2) and seen[14:] == [0.5] * 6
 
 

@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import diffsac_continuous
 import diffwpo_continuous
-import sac_continuous
 import wpo_continuous
-from tests.common import ROOT, WASSERSTEIN, actor_loss, make_actor, randomise
+from tests.common import ROOT, WASSERSTEIN, actor_loss, make_actor, pathwise_loss, randomise
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +69,7 @@ def test_gaussian_gradient_is_the_pathwise_one_sample_by_sample():
     ours = gradients(actor)
     actor.zero_grad()
     torch.manual_seed(3)
-    sac_continuous.policy_loss(actor, qf, obs, 0.0)[0].backward()
+    pathwise_loss(actor, qf, obs, 0.0)[0].backward()
     assert_same_gradients(ours, gradients(actor))
 
 
@@ -84,7 +82,7 @@ def test_gaussian_entropy_gradient_is_sacs_on_average():
     ours = gradients(actor)
     actor.zero_grad()
     torch.manual_seed(3)
-    sac_continuous.policy_loss(actor, qf, obs, alpha)[0].backward()
+    pathwise_loss(actor, qf, obs, alpha)[0].backward()
     torch.manual_seed(3)
     mean, log_std = actor(obs)
     noise, std = torch.randn(4, 1), log_std.exp()
@@ -208,17 +206,17 @@ def test_wasserstein_score_function_and_pathwise_directions_of_a_mixture():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6])
-def test_diffusion_gradient_is_diffsacs_but_for_a_score_of_mean_zero(steps):
+def test_diffusion_gradient_is_the_pathwise_one_but_for_a_score_of_mean_zero(steps):
     flags = dict(low=(-1.0, -3.0), high=(1.0, 2.0), diffusion_steps=steps, hidden_dim=16, prior_std=1.3)
     actor, qf = make_actor(diffwpo_continuous, **flags), diffwpo_continuous.SoftQNetwork(3, 2, 16)
     randomise(actor)
-    other, obs, alpha = make_actor(diffsac_continuous, **flags), torch.randn(9, 3), 0.4
+    other, obs, alpha = make_actor(diffwpo_continuous, **flags), torch.randn(9, 3), 0.4
     other.load_state_dict(actor.state_dict())
     torch.manual_seed(5)
     loss, log_prob = actor_loss(diffwpo_continuous, actor, qf, obs, alpha)
     loss.backward()
     torch.manual_seed(5)
-    loss, other_log_prob = diffsac_continuous.policy_loss(other, qf, obs, alpha)
+    loss, other_log_prob = pathwise_loss(other, qf, obs, alpha)
     loss.backward()
     torch.testing.assert_close(log_prob, other_log_prob)
     torch.manual_seed(5)

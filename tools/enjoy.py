@@ -42,8 +42,30 @@ class Args:
     "another environment with the same spaces, such as the -v5 of a -v4"
 
 
+def flat(env):
+    """An environment as the second edition sees it."""
+    is_dict = isinstance(env.observation_space, gym.spaces.Dict)
+    return gym.wrappers.FlattenObservation(env) if is_dict else env
+
+
+class Normalised:
+    """An actor of the third edition on observations as the environment gives them."""
+
+    def __init__(self, actor, obs_rms):
+        self.actor, self.obs_rms = actor, obs_rms
+
+    def sample(self, obs):
+        return self.actor.sample(self.obs_rms(obs))
+
+    def mean_action(self, obs):
+        return self.actor.mean_action(self.obs_rms(obs))
+
+    def chain(self, obs):
+        return self.actor.chain(self.obs_rms(obs))
+
+
 def load_actor(path):
-    """The actor of a checkpoint, whichever script wrote it, and the checkpoint, on the CPU."""
+    """The actor of a checkpoint, whichever script wrote it, the checkpoint, and a wrapper for the environment."""
     try:
         script = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
     except Exception as error:
@@ -53,15 +75,23 @@ def load_actor(path):
     module = importlib.import_module(script)
     checkpoint = module.load_checkpoint(path)
     args = checkpoint["args"]
+    if hasattr(module, "Interface"):  # the third edition
+        envs = module.make_envs(args.env_id, 1)
+        obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+        actor, obs_rms = module.Actor(obs_dim, action_dim, args), module.RunningMeanStd(obs_dim, args.normalize_obs)
+        actor.load_state_dict(checkpoint["actor"])
+        obs_rms.load_state_dict(checkpoint["obs_rms"])
+        envs.close()
+        return Normalised(actor, obs_rms), checkpoint, module.Interface
     env = module.make_env(args.env_id, 0, 0, False, "")()
     actor = module.Actor(env.observation_space, env.action_space, args)
     env.close()
     actor.load_state_dict(checkpoint["actor"])
-    return actor, checkpoint
+    return actor, checkpoint, flat
 
 
 def main(args: Args):
-    actor, checkpoint = load_actor(args.checkpoint)
+    actor, checkpoint, wrap = load_actor(args.checkpoint)
     env_id = args.env_id or checkpoint["args"].env_id
     if env_id.startswith("dm_control/"):
         import shimmy  # noqa: F401
@@ -69,11 +99,10 @@ def main(args: Args):
         sys.exit("error: --video needs the package moviepy")
     mode = "human" if args.render else "rgb_array" if args.video else None
     env = gym.make(env_id, render_mode=mode) if mode else gym.make(env_id)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
     if args.video:
         prefix = re.sub(r"[^\w.-]", "-", env_id)
         env = gym.wrappers.RecordVideo(env, str(args.video), episode_trigger=lambda _: True, name_prefix=prefix)
+    env = wrap(env)
     torch.manual_seed(args.seed)
     returns, lengths = [], []
     for episode in range(args.episodes):

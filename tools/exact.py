@@ -1,6 +1,6 @@
 """The policy without the critics: train the actor of an off-policy script on the exact soft values of toys/.
 
-    python tools/exact.py diffsac_continuous --env-id toys:TurningGMM-v0 --no-autotune --alpha 1 --total-timesteps 10000
+    python tools/exact.py diffwpo_continuous --env-id toys:TurningGMM-v0 --no-autotune --alpha 1 --total-timesteps 10000
     python tools/multimodality.py table runs/<run>/checkpoint.pt
 
 What such a policy still misses is due to the policy, its loss and the number of gradient steps; what the script's own
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toys  # noqa: E402, F401  (registers the environments)
 
-SCRIPTS = ("sac_continuous", "diffsac_continuous", "wpo_continuous", "diffwpo_continuous", "dime")
+SCRIPTS = ("wpo_continuous", "diffwpo_continuous", "dime")
 
 
 class ExactValues:

@@ -60,7 +60,7 @@ def load_policy(path, distinguish=()):
 
     The arguments named by `distinguish`, such as alpha_anneal, become part of its name.
     """
-    actor, checkpoint = load_actor(path)
+    actor, checkpoint, _ = load_actor(path)
     args = checkpoint["args"]
     if not args.env_id.startswith("toys:"):
         sys.exit(f"error: {path} is of {args.env_id}, not of an environment in toys/")
@@ -243,6 +243,8 @@ def table(
 
 def chain_latents(actor, obs):
     """Latents a^0 ... a^K of any diffusion actor, (K + 1, count)."""
+    if hasattr(actor, "chain"):  # the third edition
+        return actor.chain(obs).latents[..., 0]
     if hasattr(actor, "normalizer"):
         return actor(actor.normalizer(obs))[..., 0].T.flip(0)
     return actor(obs)[0][..., 0]
