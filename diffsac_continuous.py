@@ -26,8 +26,6 @@ and asks a critic V of the latents about the rest; where it leads too far, (9) t
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
-
-Read down to the line "Frame": what follows it is the same text in every script.
 """
 
 import contextlib
@@ -244,7 +242,7 @@ def latent_critic_loss(actor, latent_critic, obs, chain, q, alpha):
 
 
 def step_actor_loss(actor, average_actor, qf, latent_critic, obs, chain, alpha, kl_bound):
-    """Equation (8) at another k in each row, or (9); and D (batch,)."""
+    """Equation (8) at another k in each row, or (9); D (batch,), and which rows are inside."""
     rows = torch.arange(len(obs), device=obs.device)
     k = 1 + rows % actor.steps
     latent = chain.latents[k, rows]
@@ -258,7 +256,8 @@ def step_actor_loss(actor, average_actor, qf, latent_critic, obs, chain, alpha, 
     value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
     surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
     drift = 0.5 * actor.steps * (control - average_control).square().sum(-1)
-    return torch.where(drift < kl_bound, surrogate, 0.3 * drift).mean(), drift  # DIFF: (9)
+    inside = drift < kl_bound
+    return torch.where(inside, surrogate, 0.3 * drift).mean(), drift, inside.float()  # DIFF: (9)
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
@@ -267,13 +266,11 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 
 def main(args: Args):
-    # set-up
-    device, by_step = set_up(args), args.actor_gradient == "step"
+    device = set_up(args)
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
 
-    # networks and optimisers
     actor = Actor(obs_dim, action_dim, args).to(device)
     qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
     qf_target = copy.deepcopy(qf).requires_grad_(False)
@@ -283,13 +280,14 @@ def main(args: Args):
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
-    q_optimizer = adam([*qf.parameters(), *latent_critic.parameters()], lr=args.q_lr)
+    q_optimizer = adam(qf.parameters(), lr=args.q_lr)
+    v_optimizer = adam(latent_critic.parameters(), lr=args.q_lr)
     alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    parts = {"actor": actor, "qf": qf, "qf_target": qf_target, "temperature": temperature}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
-    parts |= {"alpha_optimizer": alpha_optimizer, "obs_rms": obs_rms, "buffer": buffer}
-    parts |= {"latent_critic": latent_critic, "average_actor": average_actor}
+    parts = dict(actor=actor, qf=qf, qf_target=qf_target, temperature=temperature, obs_rms=obs_rms)
+    parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
+    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
+    parts |= dict(latent_critic=latent_critic, v_optimizer=v_optimizer, average_actor=average_actor)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
 
     def update(batch):
@@ -304,45 +302,33 @@ def main(args: Args):
             next_actions, next_log_prob = actor.outcome(chain)
             next_q = qf_target(obs, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
-        if by_step:
-            q_loss = q_loss + latent_critic_loss(actor, latent_critic, obs, chain, next_q, alpha)
-        q_optimizer.zero_grad()
-        q_loss.backward()
-        if by_step:
-            nn.utils.clip_grad_norm_(latent_critic.parameters(), args.max_grad_norm)
-        q_optimizer.step()
+        descend(q_optimizer, q_loss)
 
-        if by_step:
-            networks = (actor, average_actor, qf, latent_critic)
-            pi_loss, drift = step_actor_loss(*networks, obs, chain, alpha, args.kl_bound)
-            log_prob = next_log_prob
-        else:
+        if args.actor_gradient == "chain":
             pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)
-        actor_optimizer.zero_grad()
-        pi_loss.backward(inputs=list(actor.parameters()))  # not into the critics' weights
-        if by_step:
-            nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-        actor_optimizer.step()
+            descend(actor_optimizer, pi_loss)
+        else:
+            v_loss = latent_critic_loss(actor, latent_critic, obs, chain, next_q, alpha)
+            descend(v_optimizer, v_loss, args.max_grad_norm)
+            networks, log_prob = (actor, average_actor, qf, latent_critic), next_log_prob
+            pi_loss, drift, inside = step_actor_loss(*networks, obs, chain, alpha, args.kl_bound)
+            descend(actor_optimizer, pi_loss, args.max_grad_norm)
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
-            alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            alpha_optimizer.step()
+            descend(alpha_optimizer, alpha_loss)
 
-        with torch.no_grad():
-            for average, weight in zip(qf_target.parameters(), qf.parameters(), strict=True):
-                average.lerp_(weight, args.tau)
-            for average, weight in zip(average_actor.parameters(), actor.parameters(), strict=True):
-                average.lerp_(weight, args.tau)
-
+        move_towards(qf_target, qf, args.tau)
+        move_towards(average_actor, actor, args.tau)
         metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
         metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
-        metrics |= {"diffusion/control_energy": 0.5 * chain.controls.square().sum((0, -1))}
-        metrics |= {"diffusion/noise_std_1": actor.kernels()[1][0]}
-        if by_step:
-            metrics |= {"diffusion/kl_to_average": drift}
-            metrics |= {"diffusion/in_trust_region": (drift < args.kl_bound).float()}
+        energy = 0.5 * chain.controls.square().sum((0, -1))
+        metrics |= {
+            "diffusion/control_energy": energy,
+            "diffusion/noise_std_1": actor.kernels()[1][0],
+        }
+        if args.actor_gradient == "step":
+            metrics |= {"diffusion/kl_to_average": drift, "diffusion/in_trust_region": inside}
         return {"losses/alpha": alpha} | {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, update, actor.sample)
@@ -362,9 +348,7 @@ def main(args: Args):
         last_obs = next_obs.copy()
         for i in np.flatnonzero(terminations | truncations):
             last_obs[i] = infos["final_obs"][i]  # next_obs[i] starts the next episode
-        run.count(
-            infos, {"an observation": next_obs, "a last observation": last_obs, "a reward": rewards}
-        )
+        run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
         buffer.add(obs, last_obs, actions, rewards, terminations)
         obs_rms.update(to_tensor(obs, device))
         obs = next_obs
@@ -513,7 +497,7 @@ def to_tensor(array, device):
 class RunningMeanStd(nn.Module):
     """Normalises by mean and variance of all rows that `update` has seen, unless disabled."""
 
-    EPSILON, CLIP = 1e-8, 10.0
+    EPSILON, CLIP = 1e-2, 10.0  # a dimension that hardly moves is not blown up
 
     def __init__(self, dim, enabled=True):
         super().__init__()
@@ -535,6 +519,23 @@ class RunningMeanStd(nn.Module):
         if not self.enabled:
             return x
         return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
+
+
+def descend(optimizer, loss, max_grad_norm=math.inf):
+    """One step of an optimiser; no other weights than its own get a gradient."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)
+    if max_grad_norm < math.inf:
+        nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_towards(average, model, tau):
+    """Exponential moving average of the weights of `model`."""
+    for slow, weight in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(weight, tau)
 
 
 def speed_up(args, update, act):
@@ -580,22 +581,17 @@ class Run:
         if args.track:
             import wandb
 
-            name = self.folder.resolve().name
-            wandb.init(
-                name=name, id=name, resume="allow", config=asdict(args), sync_tensorboard=True
-            )
+            name = {key: self.folder.resolve().name for key in ("name", "id")}
+            wandb.init(**name, resume="allow", config=asdict(args), sync_tensorboard=True)
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        packages = [
-            p for p in ("torch", "gymnasium", "mujoco", "numpy") if importlib.util.find_spec(p)
-        ]
+        packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy"))
         facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
         facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
         rows = [f"|{name}|{value}|" for name, value in facts.items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.on_signal)
+        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        numbers = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=None, mininterval=1)
         self.say(f"run folder {self.folder}, step {self.step} of {args.total_timesteps}")
 
@@ -656,10 +652,10 @@ class Run:
                 where = f"the last checkpoint, if any, is in {self.folder}"
                 sys.exit(f"error: {name} is not finite at step {self.step} (or over 1e18); {where}")
 
-    def count(self, infos, values):
+    def count(self, infos, observations, rewards):
         """Count a step of all environments, check what it brought, log the episodes that ended."""
         self.step += self.args.num_envs
-        self.check(values)
+        self.check({"an observation": np.stack(observations), "a reward": rewards})
         for i in np.flatnonzero(infos.get("_final_info", ())):
             episode = infos["final_info"]["episode"]
             self.last_return = episode["r"][i]
@@ -723,11 +719,8 @@ class Run:
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
                 self.check({f"{name}.{key}": value for key, value in state[name].items()})
-        state |= self.envs.get_attr("bounds")[0] | {
-            "script": Path(__file__).stem,
-            "args": asdict(self.args),
-            "global_step": self.step,
-        }
+        state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
+        state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
         path, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
         try:
             self.writer.flush()  # a checkpoint is never ahead of the curves
@@ -771,6 +764,8 @@ class Run:
         self.save()
         for thing in (self.bar, self.envs, self.eval_envs, self.writer, self.lock):
             thing.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         again = f"python {sys.argv[0]} --resume {self.folder / 'checkpoint.pt'}"
         if self.step >= self.args.total_timesteps:
             return self.say(f"finished; to train longer: {again} --total-timesteps N")

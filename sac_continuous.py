@@ -10,8 +10,6 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
 
     python sac_continuous.py --env-id HalfCheetah-v4
     python sac_continuous.py --resume runs/RUN/checkpoint.pt
-
-Read down to the line "Frame": what follows it is the same text in every script.
 """
 
 import contextlib
@@ -160,13 +158,11 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 
 def main(args: Args):
-    # set-up
     device = set_up(args)
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
 
-    # networks and optimisers
     actor = Actor(obs_dim, action_dim, args).to(device)
     qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
     qf_target = copy.deepcopy(qf).requires_grad_(False)
@@ -177,9 +173,9 @@ def main(args: Args):
     q_optimizer = adam(qf.parameters(), lr=args.q_lr)
     alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    parts = {"actor": actor, "qf": qf, "qf_target": qf_target, "temperature": temperature}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
-    parts |= {"alpha_optimizer": alpha_optimizer, "obs_rms": obs_rms, "buffer": buffer}
+    parts = dict(actor=actor, qf=qf, qf_target=qf_target, temperature=temperature, obs_rms=obs_rms)
+    parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
+    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
 
     def update(batch):
@@ -191,25 +187,16 @@ def main(args: Args):
             next_actions, next_log_prob = actor.sample(batch.next_obs)
             next_q = qf_target(batch.next_obs, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
-        q_optimizer.zero_grad()
-        q_loss.backward()
-        q_optimizer.step()
+        descend(q_optimizer, q_loss)
 
         pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)
-        actor_optimizer.zero_grad()
-        pi_loss.backward(inputs=list(actor.parameters()))  # not into the critics' weights
-        actor_optimizer.step()
+        descend(actor_optimizer, pi_loss)
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
-            alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            alpha_optimizer.step()
+            descend(alpha_optimizer, alpha_loss)
 
-        with torch.no_grad():
-            for average, weight in zip(qf_target.parameters(), qf.parameters(), strict=True):
-                average.lerp_(weight, args.tau)
-
+        move_towards(qf_target, qf, args.tau)
         metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
         metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         return {"losses/alpha": alpha} | {name: value.detach() for name, value in metrics.items()}
@@ -231,9 +218,7 @@ def main(args: Args):
         last_obs = next_obs.copy()
         for i in np.flatnonzero(terminations | truncations):
             last_obs[i] = infos["final_obs"][i]  # next_obs[i] starts the next episode
-        run.count(
-            infos, {"an observation": next_obs, "a last observation": last_obs, "a reward": rewards}
-        )
+        run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
         buffer.add(obs, last_obs, actions, rewards, terminations)
         obs_rms.update(to_tensor(obs, device))
         obs = next_obs
@@ -382,7 +367,7 @@ def to_tensor(array, device):
 class RunningMeanStd(nn.Module):
     """Normalises by mean and variance of all rows that `update` has seen, unless disabled."""
 
-    EPSILON, CLIP = 1e-8, 10.0
+    EPSILON, CLIP = 1e-2, 10.0  # a dimension that hardly moves is not blown up
 
     def __init__(self, dim, enabled=True):
         super().__init__()
@@ -404,6 +389,23 @@ class RunningMeanStd(nn.Module):
         if not self.enabled:
             return x
         return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
+
+
+def descend(optimizer, loss, max_grad_norm=math.inf):
+    """One step of an optimiser; no other weights than its own get a gradient."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)
+    if max_grad_norm < math.inf:
+        nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_towards(average, model, tau):
+    """Exponential moving average of the weights of `model`."""
+    for slow, weight in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(weight, tau)
 
 
 def speed_up(args, update, act):
@@ -449,22 +451,17 @@ class Run:
         if args.track:
             import wandb
 
-            name = self.folder.resolve().name
-            wandb.init(
-                name=name, id=name, resume="allow", config=asdict(args), sync_tensorboard=True
-            )
+            name = {key: self.folder.resolve().name for key in ("name", "id")}
+            wandb.init(**name, resume="allow", config=asdict(args), sync_tensorboard=True)
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        packages = [
-            p for p in ("torch", "gymnasium", "mujoco", "numpy") if importlib.util.find_spec(p)
-        ]
+        packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy"))
         facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
         facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
         rows = [f"|{name}|{value}|" for name, value in facts.items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.on_signal)
+        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        numbers = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=None, mininterval=1)
         self.say(f"run folder {self.folder}, step {self.step} of {args.total_timesteps}")
 
@@ -525,10 +522,10 @@ class Run:
                 where = f"the last checkpoint, if any, is in {self.folder}"
                 sys.exit(f"error: {name} is not finite at step {self.step} (or over 1e18); {where}")
 
-    def count(self, infos, values):
+    def count(self, infos, observations, rewards):
         """Count a step of all environments, check what it brought, log the episodes that ended."""
         self.step += self.args.num_envs
-        self.check(values)
+        self.check({"an observation": np.stack(observations), "a reward": rewards})
         for i in np.flatnonzero(infos.get("_final_info", ())):
             episode = infos["final_info"]["episode"]
             self.last_return = episode["r"][i]
@@ -592,11 +589,8 @@ class Run:
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
                 self.check({f"{name}.{key}": value for key, value in state[name].items()})
-        state |= self.envs.get_attr("bounds")[0] | {
-            "script": Path(__file__).stem,
-            "args": asdict(self.args),
-            "global_step": self.step,
-        }
+        state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
+        state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
         path, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
         try:
             self.writer.flush()  # a checkpoint is never ahead of the curves
@@ -640,6 +634,8 @@ class Run:
         self.save()
         for thing in (self.bar, self.envs, self.eval_envs, self.writer, self.lock):
             thing.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         again = f"python {sys.argv[0]} --resume {self.folder / 'checkpoint.pt'}"
         if self.step >= self.args.total_timesteps:
             return self.say(f"finished; to train longer: {again} --total-timesteps N")

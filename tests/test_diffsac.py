@@ -223,7 +223,7 @@ def test_step_gradients_with_exact_values_add_up_to_the_chains(monkeypatch):
         with torch.no_grad():
             chain = step_actor.chain(obs)
         networks = (step_actor, copy.deepcopy(step_actor), qf, exact_values)
-        loss, drift = diffsac.step_actor_loss(*networks, obs, chain, ALPHA, 1e-9)
+        loss, drift, _ = diffsac.step_actor_loss(*networks, obs, chain, ALPHA, 1e-9)
         assert drift.abs().max() < 1e-20
         (steps * loss).backward()
     for (name, first), second in zip(
@@ -279,12 +279,12 @@ def test_rows_outside_of_the_trust_region_are_pulled_back():
     steep = lambda inputs: 1e6 * inputs[:, 3:5]  # noqa: E731
     critic = lambda obs, action: 1e6 * action.T  # noqa: E731
     torch.manual_seed(7)
-    loss, drift = diffsac.step_actor_loss(actor, average, critic, steep, obs, chain, alpha, bound)
+    loss, drift, _ = diffsac.step_actor_loss(actor, average, critic, steep, obs, chain, alpha, bound)
     torch.testing.assert_close(drift, distance)
     per_row = torch.autograd.grad(loss, actor.fc_control.bias, retain_graph=True)[0]
     assert per_row.abs().max() > 1e3  # rows inside follow the slope
     torch.manual_seed(7)
-    loss, _ = diffsac.step_actor_loss(actor, average, critic, steep, obs, chain, alpha, 0.0)
+    loss, *_ = diffsac.step_actor_loss(actor, average, critic, steep, obs, chain, alpha, 0.0)
     torch.testing.assert_close(loss, 0.3 * distance.mean())
     ours = torch.autograd.grad(loss, actor.fc_control.bias)[0]
     torch.testing.assert_close(

@@ -57,7 +57,7 @@ def train(script, alpha, updates, seed, actor_gradient="chain", **flags):
         q_optimizer.step()
         if by_step:
             networks = (actor, average, qf, latent_critic)
-            loss, _ = script.step_actor_loss(*networks, obs, chain, alpha, 1.0)
+            loss, *_ = script.step_actor_loss(*networks, obs, chain, alpha, 1.0)
         else:
             loss, _ = actor_loss(script, actor, qf, obs, alpha)
         actor_optimizer.zero_grad()

@@ -22,9 +22,6 @@ EDGES = (
     ("sac_continuous.py", "diffsac_continuous.py", "the Gaussian policy becomes a diffusion policy"),
     ("ppo_continuous.py", "diffppo_continuous.py", "the Gaussian policy becomes a diffusion policy"),
     ("wpo_continuous.py", "diffwpo_continuous.py", "the Gaussian policy becomes a diffusion policy"),
-    ("sac_continuous.py", "wpo_continuous.py", "the pathwise actor loss becomes a Wasserstein flow"),
-    ("diffsac_continuous.py", "diffwpo_continuous.py", "the pathwise actor loss becomes a Wasserstein flow"),
-    ("sac_continuous.py", "dime.py", "a diffusion policy on distributional critics with batch renormalisation"),
 )
 CONTEXT = 3
 STYLE = """
