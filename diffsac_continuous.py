@@ -3,26 +3,26 @@
 Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. For transitions (s, a, r, s') from the
 replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
-    target       y = r + gamma (1 - terminated) (min_i Q̄_i(s', a') - alpha log pi(a'|s'))        (1)
-    critic       E[ sum_i (Q_i(s, a) - y)^2 ]                                                    (2)
-    actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                                (3)
-    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                  (4)
+    target       y = r + gamma (1 - terminated) (min_i Q̄_i(s', a') - alpha log pi(a'|s'))       (1)
+    critic       E[ sum_i (Q_i(s, a) - y)^2 ]                                                   (2)
+    actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
+    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
 Only the actor changes: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
 
-    a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)          (5)
+    a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
-The density of a is unknown. In (1), (3) and (4) the log-ratio of the chain to the one without
-control, which keeps the density p, takes the place of log pi: in the mean, an upper bound on it.
+The density of a is unknown. In (1), (3) and (4) a bound takes the place of log pi, from above in
+the mean. A chain without control has density p at every step; control adds its cost:
 
-    log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                           (6)
+    log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
 --actor-gradient chain differentiates (3) through all K steps. The paper's, step, goes through one
 and asks a critic V of the latents about the rest; where it leads too far, (9) takes its place:
 
-    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2) ]  (7)
-    actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   a^k from a chain, held constant       (8)
-    or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c     (9)
+    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2) ] (7)
+    actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   a^k from a chain, held constant      (8)
+    or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c    (9)
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -661,12 +661,12 @@ class Run:
             self.last_return = episode["r"][i]
             self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
             self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
+            self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
         if self.bar.disable and time.time() > self.line_time:  # no terminal
             self.line_time, todo = time.time() + 60, self.args.total_timesteps - self.step
             left = tqdm.format_interval(todo / self.speed())
             line = f"step {self.step}: return {self.last_return:.1f}"
             self.say(f"{line}, {self.speed():.0f} steps/s, {left} left")
-        self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
         self.bar.update(self.args.num_envs)
 
     def speed(self):

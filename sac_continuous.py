@@ -3,10 +3,10 @@
 Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. For transitions (s, a, r, s') from the
 replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
-    target       y = r + gamma (1 - terminated) (min_i Q̄_i(s', a') - alpha log pi(a'|s'))        (1)
-    critic       E[ sum_i (Q_i(s, a) - y)^2 ]                                                    (2)
-    actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                                (3)
-    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                  (4)
+    target       y = r + gamma (1 - terminated) (min_i Q̄_i(s', a') - alpha log pi(a'|s'))       (1)
+    critic       E[ sum_i (Q_i(s, a) - y)^2 ]                                                   (2)
+    actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
+    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
     python sac_continuous.py --env-id HalfCheetah-v4
     python sac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -531,12 +531,12 @@ class Run:
             self.last_return = episode["r"][i]
             self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
             self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
+            self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
         if self.bar.disable and time.time() > self.line_time:  # no terminal
             self.line_time, todo = time.time() + 60, self.args.total_timesteps - self.step
             left = tqdm.format_interval(todo / self.speed())
             line = f"step {self.step}: return {self.last_return:.1f}"
             self.say(f"{line}, {self.speed():.0f} steps/s, {left} left")
-        self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
         self.bar.update(self.args.num_envs)
 
     def speed(self):

@@ -95,7 +95,9 @@ def linear_control_actor(script, slope, offset, delta, prior_std=1.0):
     std = prior_std * torch.as_tensor(delta).sqrt()
     with torch.no_grad():
         actor.fc_obs.weight.zero_(), actor.fc_obs.bias.zero_(), actor.fc2.bias.zero_()
-        actor.fc_step.weight.copy_(torch.linalg.lstsq(actor.step_embedding, bias.flatten(1)).solution.T)
+        actor.fc_step.weight.copy_(
+            torch.linalg.lstsq(actor.step_embedding, bias.flatten(1)).solution.T
+        )
         actor.fc_latent.weight.copy_(torch.tensor([1.0, -1.0, 0.0]).repeat(steps)[:, None])
         actor.fc2.weight.copy_(torch.eye(3 * steps))
         slope, offset = std * torch.as_tensor(slope), std * torch.as_tensor(offset)
@@ -114,14 +116,24 @@ def set_delta(actor, delta):
 def gauss_hermite(dimensions, points=3):
     """Nodes (points**dimensions, dimensions) and weights of a mean over N(0, I), exact to degree 2 points - 1."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(points)
-    grid = np.stack(np.meshgrid(*[nodes] * dimensions, indexing="ij"), axis=-1).reshape(-1, dimensions)
-    weight_grid = np.stack(np.meshgrid(*[weights / weights.sum()] * dimensions, indexing="ij"), axis=-1)
-    return torch.from_numpy(grid), torch.from_numpy(weight_grid.reshape(-1, dimensions).prod(axis=1))
+    grid = np.stack(np.meshgrid(*[nodes] * dimensions, indexing="ij"), axis=-1).reshape(
+        -1, dimensions
+    )
+    weight_grid = np.stack(
+        np.meshgrid(*[weights / weights.sum()] * dimensions, indexing="ij"), axis=-1
+    )
+    return torch.from_numpy(grid), torch.from_numpy(
+        weight_grid.reshape(-1, dimensions).prod(axis=1)
+    )
 
 
 def log_normal(x, mean, std):
     """Log-density of independent normals, summed over the last axis."""
-    return (-0.5 * ((x - mean) / std) ** 2 - torch.log(std * torch.ones_like(x)) - 0.5 * math.log(2 * math.pi)).sum(-1)
+    return (
+        -0.5 * ((x - mean) / std) ** 2
+        - torch.log(std * torch.ones_like(x))
+        - 0.5 * math.log(2 * math.pi)
+    ).sum(-1)
 
 
 def run_script(monkeypatch, script, *flags):

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more are slower for networks of this size; also for child processes
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # more are slower for networks of this size; also for child processes
 
 import torch  # noqa: E402
 from tensorboard.summary.writer import event_file_writer  # noqa: E402

@@ -58,7 +58,13 @@ class NotANumber(Spaces):
 
     def step(self, action):
         self.steps += 1
-        return self.observation_space.sample(), float("nan") if self.steps > 50 else 0.0, False, False, {}
+        return (
+            self.observation_space.sample(),
+            float("nan") if self.steps > 50 else 0.0,
+            False,
+            False,
+            {},
+        )
 
 
 gym.register("Scripted-v0", Scripted)

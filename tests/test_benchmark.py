@@ -25,14 +25,25 @@ LONG = f"sac_continuous.py {SMALL} --total-timesteps 3000 --checkpoint-frequency
 
 
 def call(tmp_path, *commands, seeds=(1,), wait=True, **popen):
-    words = [sys.executable, ROOT / "tools" / "benchmark.py", "suite", "--folder", tmp_path, "--workers", "2"]
+    words = [
+        sys.executable,
+        ROOT / "tools" / "benchmark.py",
+        "suite",
+        "--folder",
+        tmp_path,
+        "--workers",
+        "2",
+    ]
     words += ["--seeds", *map(str, seeds), "--commands", *commands]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, **popen)
     return (process.communicate(timeout=300)[1], process.returncode) if wait else process
 
 
 def cells(tmp_path):
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(tmp_path.glob("suite/*/status.json"))}
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in sorted(tmp_path.glob("suite/*/status.json"))
+    }
 
 
 def starts(tmp_path):
@@ -40,7 +51,10 @@ def starts(tmp_path):
 
 
 def checkpoints(tmp_path):
-    return [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("suite/*/runs/*/checkpoint.pt"))]
+    return [
+        torch.load(path, weights_only=True)
+        for path in sorted(tmp_path.glob("suite/*/runs/*/checkpoint.pt"))
+    ]
 
 
 def wait_for(condition, seconds=120):
@@ -51,19 +65,33 @@ def wait_for(condition, seconds=120):
 
 
 def test_braces_stand_for_a_sweep():
-    assert benchmark.expand("x.py --a {1,2} --b {c,d}") == [f"x.py --a {a} --b {b}" for a in (1, 2) for b in "cd"]
+    assert benchmark.expand("x.py --a {1,2} --b {c,d}") == [
+        f"x.py --a {a} --b {b}" for a in (1, 2) for b in "cd"
+    ]
     assert benchmark.expand("x.py") == ["x.py"]
 
 
 def test_long_commands_have_folders_of_their_own(tmp_path):
     """File systems allow names of 255 bytes; what tells the cells apart may stand at the beginning, middle or end."""
     commands = [
-        f"{script}.py --x {'y' * 400} --lr {lr} {'z' * 400} --seed {s}" for script in "ab" for lr in "12" for s in "34"
+        f"{script}.py --x {'y' * 400} --lr {lr} {'z' * 400} --seed {s}"
+        for script in "ab"
+        for lr in "12"
+        for s in "34"
     ]
     folders = [benchmark.Cell(command, tmp_path).folder for command in commands]
     for folder in folders:
         folder.mkdir()  # would fail if it were there, or its name too long
-    assert [folder.name[0] + folder.name[-1] for folder in folders] == ["a3", "a4", "a3", "a4", "b3", "b4", "b3", "b4"]
+    assert [folder.name[0] + folder.name[-1] for folder in folders] == [
+        "a3",
+        "a4",
+        "a3",
+        "a4",
+        "b3",
+        "b4",
+        "b3",
+        "b4",
+    ]
 
 
 def test_every_cell_runs_once(tmp_path):
@@ -83,7 +111,9 @@ def test_every_cell_runs_once(tmp_path):
 def test_failures_are_told_at_the_end_and_tried_again(tmp_path):
     bad = f"sac_continuous.py {SMALL} --total-timesteps 60 --gamma 2"
     error, code = call(tmp_path, bad, QUICK)
-    assert code == 1 and "failed with exit code 2" in error and "--gamma must lie in [0, 1]" in error
+    assert (
+        code == 1 and "failed with exit code 2" in error and "--gamma must lie in [0, 1]" in error
+    )
     assert sorted(status["state"] for status in cells(tmp_path).values()) == ["done", "failed"]
     assert call(tmp_path, bad, QUICK)[1] == 1
     assert sorted(starts(tmp_path)) == [1, 2]
@@ -93,7 +123,9 @@ def test_failures_are_told_at_the_end_and_tried_again(tmp_path):
 
 def kill_tree(process):
     """SIGKILL to the runner and to its trainings, as at a power cut."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     for pid in [process.pid, *map(int, children)]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -129,7 +161,10 @@ def test_after_sigkill_a_second_call_finishes_the_grid(trainings_die_too, tmp_pa
     assert "running" in [status["state"] for status in cells(tmp_path).values()]
     assert call(tmp_path, LONG, QUICK)[1] == 0
     assert [status["state"] for status in cells(tmp_path).values()] == ["done"] * 2
-    assert sorted(c["global_step"] for c in checkpoints(tmp_path)) == [60, 3000]  # one run folder each
+    assert sorted(c["global_step"] for c in checkpoints(tmp_path)) == [
+        60,
+        3000,
+    ]  # one run folder each
     (log,) = tmp_path.glob("suite/*3000*/log.txt")
     assert log.read_text().count("$ ") == 2 and "--resume" in log.read_text()
 
@@ -152,7 +187,9 @@ def test_two_calls_share_the_cells(tmp_path):
     assert starts(tmp_path) == [1, 1]
 
 
-@pytest.mark.parametrize("suite,cells", [("quick", 7), ("mujoco", 35), ("diffusion-steps", 15), ("toy", 14)])
+@pytest.mark.parametrize(
+    "suite,cells", [("quick", 7), ("mujoco", 35), ("diffusion-steps", 15), ("toy", 14)]
+)
 def test_suites_are_commands_that_the_scripts_accept(suite, cells, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")  # prints what the suite would run
@@ -165,7 +202,11 @@ def test_suites_are_commands_that_the_scripts_accept(suite, cells, tmp_path):
         check=True,
     ).stdout.splitlines()
     assert words[:2] == ["tools/benchmark.py", suite] and words[words.index("--workers") + 1] == "3"
-    commands = [cell for command in words[words.index("--commands") + 1 :] for cell in benchmark.expand(command)]
+    commands = [
+        cell
+        for command in words[words.index("--commands") + 1 :]
+        for cell in benchmark.expand(command)
+    ]
     assert len(set(commands)) == len(commands) == cells
     scripts = {script.__name__: script for script in SCRIPTS}
     for command in commands:

@@ -1,7 +1,7 @@
-"""diffsac_continuous.py against closed forms: linear controls, exact quadrature, densities on a grid.
+"""diffsac_continuous.py against closed forms: linear controls, quadrature, densities on a grid.
 
-The value Q(a^0) = -(c / 2) (a^0 - b)^2 of the latent action has the optimum N(b, alpha / c). A critic
-that undoes the squashing and its log-determinant puts it into the script's own losses.
+The value Q(a^0) = -(c / 2) (a^0 - b)^2 of the latent action has the optimum N(b, alpha / c). A
+critic that undoes the squashing and its log-determinant puts it into the script's own losses.
 """
 
 import copy
@@ -112,7 +112,7 @@ def reference_control(actor, obs, latent, k):
 
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_log_ratio_is_that_of_the_kernel_densities(steps):
-    """Equation (6): denoising over noising kernels, prior and all, telescopes into the control's cost."""
+    """Equation (6): denoising over noising kernels telescopes into the control's cost."""
     actor = make_actor(diffsac, low=(-1, -1), diffusion_steps=steps, prior_std=1.5, hidden_dim=16)
     randomise(actor)
     obs = torch.randn(30, 3)
@@ -279,7 +279,9 @@ def test_rows_outside_of_the_trust_region_are_pulled_back():
     steep = lambda inputs: 1e6 * inputs[:, 3:5]  # noqa: E731
     critic = lambda obs, action: 1e6 * action.T  # noqa: E731
     torch.manual_seed(7)
-    loss, drift, _ = diffsac.step_actor_loss(actor, average, critic, steep, obs, chain, alpha, bound)
+    loss, drift, _ = diffsac.step_actor_loss(
+        actor, average, critic, steep, obs, chain, alpha, bound
+    )
     torch.testing.assert_close(drift, distance)
     per_row = torch.autograd.grad(loss, actor.fc_control.bias, retain_graph=True)[0]
     assert per_row.abs().max() > 1e3  # rows inside follow the slope
@@ -293,7 +295,7 @@ def test_rows_outside_of_the_trust_region_are_pulled_back():
 
 
 def cosine_of_the_latent_critic(normalise, updates=800):
-    """Slope of the learned V_1 of Q = -|a^0|^2 / 2 against the true one, for a policy without control.
+    """Cosine of the slopes of the learned V_1 and the true one: Q = -|a^0|^2 / 2, no control.
 
     The observations have standard deviations from 0.1 to 300, as those of Humanoid-v4.
     """
@@ -329,7 +331,7 @@ def test_latent_critic_sees_the_latents_beside_normalised_observations():
 
 @pytest.mark.parametrize("learn_delta", [False, True])
 def test_training_reaches_the_gaussian_target(learn_delta):
-    """By the chain's gradient: within 0.05 nats of the smallest gap, below it with learned delta."""
+    """Along the chain: within 0.05 nats of the smallest gap, below it with learned delta."""
     torch.manual_seed(7)
     sizes = {"diffusion_steps": 4, "hidden_dim": 32, "prior_std": PRIOR_STD}
     actor = make_actor(diffsac, 1, learn_delta=learn_delta, **sizes)

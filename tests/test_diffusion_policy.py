@@ -62,14 +62,20 @@ def quadratic_step(p, q, r, delta, control_slope, control_offset):
     a, b = decay + variance * control_slope, variance * control_offset
     p_new = p * a**2 - ALPHA * (1 - decay * a) ** 2 / (2 * variance)
     q_new = 2 * p * a * b + q * a + ALPHA * (1 - decay * a) * decay * b / variance
-    r_new = p * (b**2 + variance) + q * b + r + ALPHA * 0.5 * torch.log(2 * math.pi * math.e * variance)
-    r_new -= ALPHA * (0.5 * torch.log(2 * math.pi * variance) + decay**2 * (b**2 + variance) / (2 * variance))
+    r_new = (
+        p * (b**2 + variance) + q * b + r + ALPHA * 0.5 * torch.log(2 * math.pi * math.e * variance)
+    )
+    r_new -= ALPHA * (
+        0.5 * torch.log(2 * math.pi * variance) + decay**2 * (b**2 + variance) / (2 * variance)
+    )
     return p_new, q_new, r_new
 
 
 def closed_form_objective(delta, slope, offset):
     """E[Q] - alpha E[sum_k l_k] of the chain with linear controls."""
-    coefficients = [torch.tensor(x) for x in (-CURVATURE / 2, CURVATURE * CENTRE, -CURVATURE * CENTRE**2 / 2)]
+    coefficients = [
+        torch.tensor(x) for x in (-CURVATURE / 2, CURVATURE * CENTRE, -CURVATURE * CENTRE**2 / 2)
+    ]
     for k in range(len(delta)):
         coefficients = quadratic_step(*coefficients, delta[k], slope[k], offset[k])
     return coefficients[0] * PRIOR_STD**2 + coefficients[2]
@@ -110,7 +116,12 @@ def reference_control(actor, obs, latent, k):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_path_log_ratio_is_the_sum_of_kernel_log_densities(steps):
     actor = make_actor(
-        diffwpo_continuous, low=(-1.0, -0.4), high=(3.0, 0.4), diffusion_steps=steps, prior_std=1.5, hidden_dim=16
+        diffwpo_continuous,
+        low=(-1.0, -0.4),
+        high=(3.0, 0.4),
+        diffusion_steps=steps,
+        prior_std=1.5,
+        hidden_dim=16,
     )
     randomise(actor)
     obs = torch.randn(30, 3)
@@ -123,15 +134,21 @@ def test_path_log_ratio_is_the_sum_of_kernel_log_densities(steps):
         mean = decay * latents[k] + std * reference_control(actor, obs, latents[k], k)
         torch.testing.assert_close(latents[k - 1], mean + std * noise[k - 1])
         expected = (
-            expected + log_normal(latents[k - 1], mean, std) - log_normal(latents[k], decay * latents[k - 1], std)
+            expected
+            + log_normal(latents[k - 1], mean, std)
+            - log_normal(latents[k], decay * latents[k - 1], std)
         )
-    torch.testing.assert_close(action, torch.tanh(latents[0]) * torch.tensor([2.0, 0.4]) + torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(
+        action, torch.tanh(latents[0]) * torch.tensor([2.0, 0.4]) + torch.tensor([1.0, 0.0])
+    )
     slope = torch.tensor([2.0, 0.4]) * (1 - torch.tanh(latents[0]) ** 2)
     torch.testing.assert_close(log_prob, expected - slope.log().sum(-1))
 
 
 def test_initial_policy_has_no_control_and_a_geometric_schedule():
-    actor = make_actor(diffwpo_continuous, diffusion_steps=5, hidden_dim=16, delta_first=1.0, delta_last=0.01)
+    actor = make_actor(
+        diffwpo_continuous, diffusion_steps=5, hidden_dim=16, delta_first=1.0, delta_last=0.01
+    )
     decay, std = actor.kernels()
     expected = torch.tensor([0.01, 0.01**0.75, 0.1, 0.01**0.25, 1.0])[:, None, None]
     torch.testing.assert_close(2 * (1 - decay), expected)
@@ -142,7 +159,9 @@ def test_initial_policy_has_no_control_and_a_geometric_schedule():
     torch.manual_seed(4)
     diagnostics = actor.diagnostics(obs)
     _, _, latents, _ = chain(actor, obs, seed=4)
-    energy = sum(0.5 * reference_control(actor, obs, latents[k], k).square().sum(-1) for k in range(1, 6))
+    energy = sum(
+        0.5 * reference_control(actor, obs, latents[k], k).square().sum(-1) for k in range(1, 6)
+    )
     torch.testing.assert_close(diagnostics["diffusion/control_energy"], energy)
 
 
@@ -158,21 +177,31 @@ def test_partition_function_is_unbiased_for_any_parameters(steps):
     """E_q[ exp(Q/alpha) pi(chain) / q(chain) ] = integral over the action box of exp(Q/alpha)."""
     low, high, temperature = (-1.0, -0.5), (3.0, 2.0), 0.7
     actor = make_actor(
-        diffwpo_continuous, low=low, high=high, diffusion_steps=steps, hidden_dim=16, delta_last=0.1, prior_std=1.2
+        diffwpo_continuous,
+        low=low,
+        high=high,
+        diffusion_steps=steps,
+        hidden_dim=16,
+        delta_last=0.1,
+        prior_std=1.2,
     )
     randomise(actor, 0.2)
     grid = [torch.linspace(lo, hi, 4001) for lo, hi in zip(low, high, strict=True)]
     value = lambda a, b: torch.sin(3 * a) - b**2  # noqa: E731
     for reward in (lambda a, b: 0 * a, value):
         exact = torch.trapezoid(torch.exp(reward(grid[0], 0 * grid[0]) / temperature), grid[0])
-        exact = exact * torch.trapezoid(torch.exp(reward(0 * grid[1], grid[1]) / temperature), grid[1])
+        exact = exact * torch.trapezoid(
+            torch.exp(reward(0 * grid[1], grid[1]) / temperature), grid[1]
+        )
         with torch.no_grad():
             action, log_prob = actor.sample(torch.zeros(400_000, 3))
         weight = torch.exp(reward(action[:, 0], action[:, 1]) / temperature - log_prob)
         error = (weight.std() / len(weight) ** 0.5).item()
         assert error < 0.02 * exact
         assert weight.mean().item() == pytest.approx(exact.item(), abs=5 * error)
-        assert (reward(action[:, 0], action[:, 1]) / temperature - log_prob).mean() < exact.log()  # the bound
+        assert (
+            reward(action[:, 0], action[:, 1]) / temperature - log_prob
+        ).mean() < exact.log()  # the bound
 
 
 def test_objective_of_linear_controls_is_the_closed_form(monkeypatch):
@@ -187,13 +216,17 @@ def test_objective_of_linear_controls_is_the_closed_form(monkeypatch):
 def test_gap_at_the_gaussian_targets_optimum(monkeypatch, delta):
     """With the controls that reverse the noising, ln Z - bound is the closed form, and no control does better."""
     slope, offset, gap, _, _ = optimal_control(delta)
-    loss = exact_loss(monkeypatch, linear_control_actor(diffwpo_continuous, slope, offset, delta, PRIOR_STD)).item()
+    loss = exact_loss(
+        monkeypatch, linear_control_actor(diffwpo_continuous, slope, offset, delta, PRIOR_STD)
+    ).item()
     assert LOG_Z + loss / ALPHA == pytest.approx(gap, abs=1e-7)
     for sign in (-0.05, 0.05):
         for kind in range(2):
             moved = [list(slope), list(offset)]
             moved[kind][0] += sign
-            worse = exact_loss(monkeypatch, linear_control_actor(diffwpo_continuous, *moved, delta, PRIOR_STD))
+            worse = exact_loss(
+                monkeypatch, linear_control_actor(diffwpo_continuous, *moved, delta, PRIOR_STD)
+            )
             assert worse.item() > loss + 1e-7
 
 
@@ -203,7 +236,11 @@ def test_chain_gradient_is_the_sum_of_per_step_gradients(monkeypatch):
     actor = linear_control_actor(diffwpo_continuous, slope, offset, DELTA, PRIOR_STD)
     exact_loss(monkeypatch, actor).backward()
     weight = actor.fc_control.weight.grad.view(3, 3)
-    low, high, delta = diffwpo_continuous.DELTA_MIN, diffwpo_continuous.DELTA_MAX, torch.tensor(DELTA)
+    low, high, delta = (
+        diffwpo_continuous.DELTA_MIN,
+        diffwpo_continuous.DELTA_MAX,
+        torch.tensor(DELTA),
+    )
     delta_grad = actor.delta_logit.grad[:, 0] / ((delta - low) * (high - delta) / (high - low))
     chain_gradients = [weight[:, 0] - weight[:, 1], weight[:, 2], delta_grad]
 
@@ -216,14 +253,18 @@ def test_chain_gradient_is_the_sum_of_per_step_gradients(monkeypatch):
         variance = PRIOR_STD**2 * delta[k]
         a, b = 1 - delta[k] / 2 + variance * slope[k], variance * offset[k]
         mean, square = a * mean + b, a**2 * square + 2 * a * b * mean + b**2 + variance
-    coefficients = [torch.tensor(x) for x in (-CURVATURE / 2, CURVATURE * CENTRE, -CURVATURE * CENTRE**2 / 2)]
+    coefficients = [
+        torch.tensor(x) for x in (-CURVATURE / 2, CURVATURE * CENTRE, -CURVATURE * CENTRE**2 / 2)
+    ]
     total = 0.0
     for k in range(3):
         s, o, d = (parameter[k] for parameter in parameters)
         step_std = PRIOR_STD * d.sqrt()
         p, q, r = quadratic_step(*coefficients, d, s / step_std, o / step_std)
         total = total + p * moments[k][1] + q * moments[k][0] + r
-        coefficients = [x.detach() for x in (p, q, r)]  # Q_{k+1} is frozen: no gradient through the other steps
+        coefficients = [
+            x.detach() for x in (p, q, r)
+        ]  # Q_{k+1} is frozen: no gradient through the other steps
     total.backward()
     for ours, parameter in zip(chain_gradients, parameters, strict=True):
         torch.testing.assert_close(ours, -parameter.grad, rtol=1e-6, atol=1e-7)
@@ -234,7 +275,9 @@ def test_chain_gradient_is_the_sum_of_per_step_gradients(monkeypatch):
 def test_training_reaches_the_gaussian_target(script, learn_delta):
     """With the script's own loss the gap comes within 0.05 nats of the optimum, or below it with learned delta."""
     torch.manual_seed(7)
-    actor = make_actor(script, 1, diffusion_steps=4, hidden_dim=32, prior_std=PRIOR_STD, learn_delta=learn_delta)
+    actor = make_actor(
+        script, 1, diffusion_steps=4, hidden_dim=32, prior_std=PRIOR_STD, learn_delta=learn_delta
+    )
     delta = [2 * (1 - decay.item()) for decay in actor.kernels()[0].flatten()]
     _, _, optimum, mean, std = optimal_control(delta)
     optimizer = torch.optim.Adam([p for p in actor.parameters() if p.requires_grad], lr=3e-3)
@@ -262,7 +305,9 @@ def test_training_reaches_the_gaussian_target(script, learn_delta):
 def test_entropy_bound_lies_below_the_entropy_of_the_action():
     """In one dimension, by carrying the density of a^k through the kernels on a grid."""
     steps = 3
-    actor = make_actor(diffwpo_continuous, 1, low=(-0.5,), high=(1.5,), diffusion_steps=steps, hidden_dim=16)
+    actor = make_actor(
+        diffwpo_continuous, 1, low=(-0.5,), high=(1.5,), diffusion_steps=steps, hidden_dim=16
+    )
     randomise(actor, 0.2)
     set_delta(actor, torch.tensor([0.1, 0.3, 0.8])[:, None])
     grid = torch.linspace(-12, 12, 2401)
@@ -274,7 +319,9 @@ def test_entropy_bound_lies_below_the_entropy_of_the_action():
         for k in (3, 2, 1):
             s, c = std[k - 1], decay[k - 1]
             mean = c * grid + s * reference_control(actor, zeros, grid[:, None], k)[:, 0]
-            kernel = torch.exp(-0.5 * ((grid[:, None] - mean) / s) ** 2) / (s * math.sqrt(2 * math.pi))  # (to, from)
+            kernel = torch.exp(-0.5 * ((grid[:, None] - mean) / s) ** 2) / (
+                s * math.sqrt(2 * math.pi)
+            )  # (to, from)
             joint = kernel * density * dx**2
             residual = (grid - c * grid[:, None]) / s
             log_ratio += (joint * 0.5 * (residual**2 - 1)).sum().item()
@@ -289,7 +336,9 @@ def test_entropy_bound_lies_below_the_entropy_of_the_action():
     assert -log_prob.mean().item() < entropy - 0.01
     latent = torch.atanh((action[:, 0] - 0.5) / 1.0)
     histogram = torch.histc(latent, 60, -3, 3) / len(latent)
-    exact = torch.stack([density[(grid >= -3 + 0.1 * i) & (grid < -2.9 + 0.1 * i)].sum() * dx for i in range(60)])
+    exact = torch.stack(
+        [density[(grid >= -3 + 0.1 * i) & (grid < -2.9 + 0.1 * i)].sum() * dx for i in range(60)]
+    )
     assert 0.5 * (histogram - exact).abs().sum() < 0.02
 
 
@@ -304,7 +353,9 @@ def test_mean_action_is_the_chain_without_noise():
 
 
 def test_actor_is_equivariant_to_the_order_of_action_dimensions(monkeypatch):
-    actor = make_actor(diffwpo_continuous, low=(-1.0, -1.0), high=(1.0, 1.0), diffusion_steps=3, hidden_dim=16)
+    actor = make_actor(
+        diffwpo_continuous, low=(-1.0, -1.0), high=(1.0, 1.0), diffusion_steps=3, hidden_dim=16
+    )
     randomise(actor)
     obs = torch.randn(6, 3)
     _, log_prob, latents, noise = chain(actor, obs, seed=1)

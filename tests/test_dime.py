@@ -9,7 +9,9 @@ import torch
 import dime
 from tests.common import chain, log_normal, make_actor, randomise
 
-PRIOR_COST = -0.5 * math.log(2 * math.pi * math.e * 2.5**2)  # mean log-density of the prior, per dimension
+PRIOR_COST = -0.5 * math.log(
+    2 * math.pi * math.e * 2.5**2
+)  # mean log-density of the prior, per dimension
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +31,12 @@ def test_batch_renorm_worked_example():
     expected = torch.tensor([[-0.50006, -0.99917], [0.49988, 0.99894], [1.49981, 5.99424]])
     torch.testing.assert_close(norm(x, train=True)[1], expected, rtol=0, atol=5e-3)
     torch.testing.assert_close(norm.mean[0], torch.tensor([[1.01, 2.02]]))
-    torch.testing.assert_close(norm.var[1], torch.tensor([[3.986667, 1.076667]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        norm.var[1], torch.tensor([[3.986667, 1.076667]]), rtol=1e-5, atol=1e-5
+    )
     plain = torch.stack(
-        [(x[0, :, j] - norm.mean[0, 0, j]) / (norm.var[0, 0, j] + 1e-3).sqrt() for j in range(2)], dim=1
+        [(x[0, :, j] - norm.mean[0, 0, j]) / (norm.var[0, 0, j] + 1e-3).sqrt() for j in range(2)],
+        dim=1,
     )
     torch.testing.assert_close(norm(x, train=False)[0], plain)
 
@@ -52,7 +57,9 @@ def test_batch_renorm_scales_and_shifts_after_the_correction(warm):
     mean, std = x.mean(1, keepdim=True), (x.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt()
     r = (std / running_std).clamp(1 / 3, 3) if warm else 1.0
     d = ((mean - running_mean) / running_std).clamp(-5, 5) if warm else 0.0
-    torch.testing.assert_close(norm(x, train=True), norm.weight * ((x - mean) / std * r + d) + norm.bias)
+    torch.testing.assert_close(
+        norm(x, train=True), norm.weight * ((x - mean) / std * r + d) + norm.bias
+    )
 
 
 def test_batch_renorm_warms_up_as_plain_batch_normalisation():
@@ -66,10 +73,18 @@ def test_batch_renorm_warms_up_as_plain_batch_normalisation():
     r = ((x.var(1, unbiased=False, keepdim=True) + 1e-3) / (var + 1e-3)).sqrt().clamp(1 / 3, 3)
     d = ((x.mean(1, keepdim=True) - mean) / (var + 1e-3).sqrt()).clamp(-5, 5)
     torch.testing.assert_close(renormed, plain * r + d)
-    for _ in range(3000):  # once the running statistics have converged, training and evaluation agree
+    for _ in range(
+        3000
+    ):  # once the running statistics have converged, training and evaluation agree
         norm(x, train=True)
     torch.testing.assert_close(norm(x, train=True), norm(x, train=False), rtol=1e-6, atol=1e-6)
-    assert norm.batches == 3004 and set(norm.state_dict()) == {"weight", "bias", "mean", "var", "batches"}
+    assert norm.batches == 3004 and set(norm.state_dict()) == {
+        "weight",
+        "bias",
+        "mean",
+        "var",
+        "batches",
+    }
 
 
 def test_batch_renorm_has_finite_gradients_on_constant_columns():
@@ -106,15 +121,24 @@ def critics(**flags):
 
 
 def test_critic_loss_is_the_projected_cross_entropy():
-    actor, qf = make_actor(dime, low=(-0.2,), high=(0.2,), hidden_dim=16, diffusion_steps=3), critics()
+    actor, qf = (
+        make_actor(dime, low=(-0.2,), high=(0.2,), hidden_dim=16, diffusion_steps=3),
+        critics(),
+    )
     randomise(actor, 0.05)
     batch = dime.Batch(
-        torch.randn(6, 3), torch.randn(6, 3), torch.rand(6, 1), torch.randn(6), torch.tensor([0.0, 1, 0, 0, 1, 0])
+        torch.randn(6, 3),
+        torch.randn(6, 3),
+        torch.rand(6, 1),
+        torch.randn(6),
+        torch.tensor([0.0, 1, 0, 0, 1, 0]),
     )
     torch.manual_seed(5)
     with torch.no_grad():
         next_actions, log_prob = actor.sample(batch.next_obs)
-    logits = qf(torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions)), train=True)
+    logits = qf(
+        torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions)), train=True
+    )
     for norm in qf.norms:  # take back the update of the running statistics
         norm.mean.zero_(), norm.var.fill_(1.0), norm.batches.zero_()
     torch.manual_seed(5)
@@ -126,10 +150,14 @@ def test_critic_loss_is_the_projected_cross_entropy():
         for i in range(11):
             weight = 0.5 * (p[0, 6 + row, i] + p[1, 6 + row, i])
             alive = 1 - batch.terminations[row]
-            value = batch.rewards[row] + 0.9 * alive * (qf.atoms[i] - 0.3 * (log_prob[row] + math.log(0.2)))
+            value = batch.rewards[row] + 0.9 * alive * (
+                qf.atoms[i] - 0.3 * (log_prob[row] + math.log(0.2))
+            )
             outside += weight.item() * (abs(value) > 5) / 6
             for m in range(11):
-                target[m] += weight.detach() * max(0.0, 1 - abs(value.clamp(-5, 5) - qf.atoms[m]).item())
+                target[m] += weight.detach() * max(
+                    0.0, 1 - abs(value.clamp(-5, 5) - qf.atoms[m]).item()
+                )
         for twin in range(2):
             log_p = p[twin, row].log()
             expected += (-(target * log_p).sum() + 0.005 * (p[twin, row] * log_p).sum()) / 6
@@ -138,7 +166,9 @@ def test_critic_loss_is_the_projected_cross_entropy():
     torch.testing.assert_close(values, (p @ qf.atoms)[:, :6])
     # the target is a constant, of the actor and of the critics' second half
     for parameter in qf.parameters():
-        gradient, explicit = (torch.autograd.grad(x, parameter, retain_graph=True)[0] for x in (loss, expected))
+        gradient, explicit = (
+            torch.autograd.grad(x, parameter, retain_graph=True)[0] for x in (loss, expected)
+        )
         assert explicit.abs().max() > 0
         torch.testing.assert_close(gradient, explicit)
     assert not any(torch.autograd.grad(loss, list(actor.parameters()), allow_unused=True))
@@ -161,7 +191,9 @@ def test_joint_pass_shares_batch_statistics_and_evaluation_does_not():
     qf = critics()
     obs, actions = torch.randn(8, 3), torch.randn(8, 1)
     other = torch.cat((obs[:4], torch.randn(4, 3)))
-    assert not torch.allclose(qf(obs, actions, train=True)[:, :4], qf(other, actions, train=True)[:, :4])
+    assert not torch.allclose(
+        qf(obs, actions, train=True)[:, :4], qf(other, actions, train=True)[:, :4]
+    )
     torch.testing.assert_close(qf(obs, actions)[:, :4], qf(other, actions)[:, :4])
     torch.testing.assert_close(qf.value(obs, actions), qf(obs, actions).softmax(-1) @ qf.atoms)
 
@@ -179,21 +211,29 @@ def test_log_ratio_is_the_sum_of_kernel_log_densities():
         eta = delta * schedule / kappa
         angle = i * torch.linspace(0.1, 100, 256) + actor.phase
         time = actor.fc_time2(actor.gelu(actor.fc_time1(torch.cat((angle.sin(), angle.cos())))))
-        weight = torch.cat((actor.fc_latent.weight, actor.fc_obs.weight, actor.fc_time.weight), dim=1)
+        weight = torch.cat(
+            (actor.fc_latent.weight, actor.fc_obs.weight, actor.fc_time.weight), dim=1
+        )
         x = torch.cat((latents[k], obs, time.expand(30, -1)), dim=1) @ weight.T + actor.fc_obs.bias
         control = actor.fc_control(actor.gelu(actor.fc3(actor.gelu(actor.fc2(actor.gelu(x))))))
         std, decay = (2 * eta).sqrt(), 1 - eta / 2.5**2
         mean = decay * latents[k] + eta * control
         torch.testing.assert_close(latents[k - 1], mean + std * noise[k - 1], rtol=1e-6, atol=1e-6)
         expected = (
-            expected + log_normal(latents[k - 1], mean, std) - log_normal(latents[k], decay * latents[k - 1], std)
+            expected
+            + log_normal(latents[k - 1], mean, std)
+            - log_normal(latents[k], decay * latents[k - 1], std)
         )
     slope = torch.tensor([2.0, 0.4]) * (1 - torch.tanh(latents[0]) ** 2)
     torch.testing.assert_close(log_prob, expected - slope.log().sum(-1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(action, torch.tanh(latents[0]) * torch.tensor([2.0, 0.4]) + torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(
+        action, torch.tanh(latents[0]) * torch.tensor([2.0, 0.4]) + torch.tensor([1.0, 0.0])
+    )
 
 
-@pytest.mark.parametrize("steps,cost", [(2, 2.85524), (4, 2.85548), (8, 2.85594), (16, 2.85677), (32, 2.85807)])
+@pytest.mark.parametrize(
+    "steps,cost", [(2, 2.85524), (4, 2.85548), (8, 2.85594), (16, 2.85677), (32, 2.85807)]
+)
 def test_running_cost_of_the_first_policy(steps, cost):
     """With f = 0: per dimension by moments of the latents and quadrature of the log-determinant."""
     actor = make_actor(dime, 1, diffusion_steps=steps, hidden_dim=8)
@@ -210,9 +250,15 @@ def test_running_cost_of_the_first_policy(steps, cost):
     assert latent_cost - (weights * log_det).sum() / weights.sum() == pytest.approx(cost, abs=2e-5)
     with torch.no_grad():
         log_prob = actor.sample(torch.zeros(200_000, 1))[1]
-        diagnosed = actor.diagnostics(torch.zeros(200_000, 1))["diffusion/running_cost_per_dim"].mean().item()
+        diagnosed = (
+            actor.diagnostics(torch.zeros(200_000, 1))["diffusion/running_cost_per_dim"]
+            .mean()
+            .item()
+        )
     assert diagnosed == pytest.approx(cost, abs=5 * log_prob.std().item() / 200_000**0.5)
-    assert log_prob.mean().item() == pytest.approx(cost + PRIOR_COST, abs=5 * log_prob.std().item() / 200_000**0.5)
+    assert log_prob.mean().item() == pytest.approx(
+        cost + PRIOR_COST, abs=5 * log_prob.std().item() / 200_000**0.5
+    )
 
 
 def test_volume_of_the_action_box_for_any_parameters():
@@ -232,12 +278,23 @@ def riccati(mean, std, eta, prior_std=2.5):
         denominator = g**2 + 4 * step * p
         a, b = g / denominator, -4 * step * q / denominator
         const += g**2 * b**2 / (4 * step) + p * b**2 + 2 * q * b + g**2 / 2 + 2 * step * p
-        p, q = (1 - g * a) ** 2 / (4 * step) + p * a**2, -(1 - g * a) * g * b / (4 * step) + p * a * b + q * a
+        p, q = (
+            (1 - g * a) ** 2 / (4 * step) + p * a**2,
+            -(1 - g * a) * g * b / (4 * step) + p * a * b + q * a,
+        )
     constant = -len(eta) / 2 - 0.5 * math.log(2 * math.pi * math.e * prior_std**2)
-    return p * prior_std**2 + const + constant + 0.5 * math.log(2 * math.pi * std**2) + mean**2 / (2 * std**2)
+    return (
+        p * prior_std**2
+        + const
+        + constant
+        + 0.5 * math.log(2 * math.pi * std**2)
+        + mean**2 / (2 * std**2)
+    )
 
 
-@pytest.mark.parametrize("steps,gap", [(2, 1.2043), (4, 0.9845), (8, 0.6916), (16, 0.3878), (32, 0.1595)])
+@pytest.mark.parametrize(
+    "steps,gap", [(2, 1.2043), (4, 0.9845), (8, 0.6916), (16, 0.3878), (32, 0.1595)]
+)
 def test_bound_of_the_schedule_tightens_with_the_number_of_steps(steps, gap):
     actor = make_actor(dime, 1, diffusion_steps=steps, hidden_dim=8)
     eta = actor.kernels()[0].flatten().flip(0).tolist()
@@ -265,9 +322,13 @@ def test_training_reaches_the_gaussian_target():
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        path_kl = dime.policy_loss(actor, Critic(), torch.zeros(200_000, 1), alpha)[0].item() / alpha
+        path_kl = (
+            dime.policy_loss(actor, Critic(), torch.zeros(200_000, 1), alpha)[0].item() / alpha
+        )
     optimum = riccati(mean, std, actor.kernels()[0].flatten().flip(0).tolist())
-    initial = riccati(mean, std, make_actor(dime, 1, diffusion_steps=4).kernels()[0].flatten().flip(0).tolist())
+    initial = riccati(
+        mean, std, make_actor(dime, 1, diffusion_steps=4).kernels()[0].flatten().flip(0).tolist()
+    )
     assert optimum - 0.01 < path_kl < optimum + 0.05
     assert optimum < 0.5 * initial  # learning the step size tightens the bound
 
@@ -284,19 +345,29 @@ def test_gradient_of_the_chain_against_finite_differences():
         return dime.policy_loss(actor, qf, obs, 0.3)[0]
 
     parameters = [actor.raw_delta, actor.raw_kappa, actor.phase, actor.fc_latent.weight]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss(), parameters), strict=True):
+    for parameter, gradient in zip(
+        parameters, torch.autograd.grad(loss(), parameters), strict=True
+    ):
         index, values = (0,) * parameter.dim(), []
         for sign in (1, -1):
             with torch.no_grad():
                 parameter[index] += sign * 1e-5
                 values.append(loss().item())
                 parameter[index] -= sign * 1e-5
-        assert gradient[index].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-7)
+        assert gradient[index].item() == pytest.approx(
+            (values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-7
+        )
 
 
 def test_support_follows_the_family_of_the_environment():
-    assert (dime.Args(env_id="Humanoid-v4").v_min, dime.Args(env_id="Humanoid-v4").v_max) == (-1600, 1600)
-    assert (dime.Args(env_id="dm_control/dog-run-v0").v_min, dime.Args(env_id="dm_control/dog-run-v0").v_max) == (
+    assert (dime.Args(env_id="Humanoid-v4").v_min, dime.Args(env_id="Humanoid-v4").v_max) == (
+        -1600,
+        1600,
+    )
+    assert (
+        dime.Args(env_id="dm_control/dog-run-v0").v_min,
+        dime.Args(env_id="dm_control/dog-run-v0").v_max,
+    ) == (
         -200,
         200,
     )

@@ -44,7 +44,9 @@ def train(script, alpha, updates, seed, actor_gradient="chain", **flags):
         with torch.no_grad():  # half of the critics' data from the policy, half uniform
             chain = actor.chain(obs) if by_step else None
             action = (actor.outcome(chain) if by_step else actor.sample(obs))[0]
-            played = torch.where(torch.arange(256)[:, None] % 2 == 0, 2 * torch.rand(256, 1) - 1, action)
+            played = torch.where(
+                torch.arange(256)[:, None] % 2 == 0, 2 * torch.rand(256, 1) - 1, action
+            )
             q = qf(obs, action).amin(0)
         batch = script.Batch(obs, obs, played, double_well(played), ended)
         next_value = [torch.zeros(256), 0.99] if script in PAIR else [batch, alpha, 0.99]
@@ -83,7 +85,9 @@ def test_exact_density_has_the_known_mean_reward():
     for alpha, mean_reward in ((0.05, 0.97138), (0.2, 0.92759)):
         middle = np.linspace(-1, 1, 20_001)
         weight = np.exp(double_well(middle[:, None]) / alpha)
-        assert (weight * double_well(middle[:, None])).sum() / weight.sum() == pytest.approx(mean_reward, abs=2e-5)
+        assert (weight * double_well(middle[:, None])).sum() / weight.sum() == pytest.approx(
+            mean_reward, abs=2e-5
+        )
 
 
 def test_gaussian_policy_cannot_fit_two_modes():

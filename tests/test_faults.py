@@ -39,7 +39,11 @@ def run_flags(script):
         words += " --batch-size 16 --learning-starts 40"
     if "diff" in script.__name__ or script is dime:
         words += " --diffusion-steps 2"
-    return [*words.split(), *quiet(script), *(["--critic-dim", "16", "--v-max", "50"] if script is dime else [])]
+    return [
+        *words.split(),
+        *quiet(script),
+        *(["--critic-dim", "16", "--v-max", "50"] if script is dime else []),
+    ]
 
 
 @pytest.fixture
@@ -64,8 +68,13 @@ class Malicious:
         return os.system, ("touch executed",)
 
 
-def test_broken_checkpoints_are_refused_and_execute_nothing(script, flags, monkeypatch, tmp_path, capsys):
-    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 20, *flags) == 0
+def test_broken_checkpoints_are_refused_and_execute_nothing(
+    script, flags, monkeypatch, tmp_path, capsys
+):
+    assert (
+        run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 20, *flags)
+        == 0
+    )
     (good,) = checkpoints(tmp_path)
     whole = good.read_bytes()
     broken = {
@@ -83,14 +92,19 @@ def test_broken_checkpoints_are_refused_and_execute_nothing(script, flags, monke
         assert run_script(monkeypatch, script, "--resume", tmp_path / f"{name}.pt") == 2, name
         assert f"{name}.pt" in sentence(capsys)
     assert not (tmp_path / "executed").exists()
-    assert run_script(monkeypatch, script, "--resume", good, "--env-id", "MountainCarContinuous-v0") == 2
+    assert (
+        run_script(monkeypatch, script, "--resume", good, "--env-id", "MountainCarContinuous-v0")
+        == 2
+    )
     assert "Pendulum-v1" in sentence(capsys)
     assert run_script(monkeypatch, script, "--resume", good, "--hidden-dim", 8) == 2
     assert "does not fit" in sentence(capsys)
     assert good.read_bytes() == whole
 
 
-@pytest.mark.parametrize("script", [sac_continuous, ppo_continuous], indirect=True)  # the others save by the same text
+@pytest.mark.parametrize(
+    "script", [sac_continuous, ppo_continuous], indirect=True
+)  # the others save by the same text
 def test_full_disk_leaves_the_last_checkpoint(script, flags, tmp_path):
     """A limit on the size of files, as a full disk: the run stops with one sentence, the older checkpoint is whole."""
     words = [sys.executable, ROOT / f"{script.__name__}.py", "--env-id", "Pendulum-v1", *flags]
@@ -109,7 +123,9 @@ def test_full_disk_leaves_the_last_checkpoint(script, flags, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_full_disk_under_the_curves_leaves_the_last_checkpoint(script, flags, monkeypatch, tmp_path):
+def test_full_disk_under_the_curves_leaves_the_last_checkpoint(
+    script, flags, monkeypatch, tmp_path
+):
     """Event files are written by a thread; the run must stop all the same, and later go on without a gap."""
     command = ["--env-id", "Pendulum-v1", *flags, "--checkpoint-frequency", 100]
     assert run_script(monkeypatch, script, *command, "--total-timesteps", 200) == 0
@@ -136,7 +152,9 @@ def test_full_disk_under_the_curves_leaves_the_last_checkpoint(script, flags, mo
     events = EventAccumulator(str(good.parent), size_guidance={"scalars": 0})
     events.Reload()
     logged = 20 if script in ON_POLICY else 100
-    assert [event.step for event in events.Scalars("charts/SPS")] == list(range(logged, 501, logged))
+    assert [event.step for event in events.Scalars("charts/SPS")] == list(
+        range(logged, 501, logged)
+    )
 
 
 class Misbehaves(gym.Env):
@@ -167,12 +185,16 @@ class Misbehaves(gym.Env):
 
 
 for fault in ("raises", "nan", "infinite", "shape"):
-    gym.register(f"Misbehaves-{fault}-v0", lambda fault=fault: Misbehaves(fault), max_episode_steps=200)
+    gym.register(
+        f"Misbehaves-{fault}-v0", lambda fault=fault: Misbehaves(fault), max_episode_steps=200
+    )
 
 
 @pytest.mark.parametrize("fault", ["raises", "nan", "infinite", "shape"])
 @pytest.mark.filterwarnings("ignore")
-def test_environments_that_misbehave_leave_the_last_checkpoint(script, fault, flags, monkeypatch, tmp_path):
+def test_environments_that_misbehave_leave_the_last_checkpoint(
+    script, fault, flags, monkeypatch, tmp_path
+):
     command = ["--env-id", f"Misbehaves-{fault}-v0", "--total-timesteps", 400, *flags]
     if fault in ("nan", "infinite"):
         assert run_script(monkeypatch, script, *command) == 1
@@ -181,7 +203,9 @@ def test_environments_that_misbehave_leave_the_last_checkpoint(script, fault, fl
             run_script(monkeypatch, script, *command)
     (path,) = checkpoints(tmp_path)
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["global_step"] == (100 if script in ON_POLICY else 40)  # the fault comes in the 51st step
+    assert checkpoint["global_step"] == (
+        100 if script in ON_POLICY else 40
+    )  # the fault comes in the 51st step
     assert all(x.isfinite().all() for x in checkpoint["actor"].values())
 
 
@@ -207,5 +231,8 @@ def test_runs_folder_that_cannot_be_made(script, obstacle, flags, monkeypatch, t
             return makedirs(path, *arguments, **options)
 
         monkeypatch.setattr(os, "makedirs", refuse)
-    assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 20, *flags) == 2
+    assert (
+        run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 20, *flags)
+        == 2
+    )
     assert "cannot make the folder" in sentence(capsys)

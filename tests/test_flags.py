@@ -20,9 +20,22 @@ from hypothesis import strategies as st
 from tests.common import ON_POLICY, ROOT, SCRIPTS, quiet, run_script
 
 STEPS = 50
-POOLS = {int: [-1, 0, 1, 2, 3, 7, 16], float: [-1.0, 0.0, 1e-3, 0.1, 0.5, 0.99, 1.0, 2.0, math.inf, math.nan]}
+POOLS = {
+    int: [-1, 0, 1, 2, 3, 7, 16],
+    float: [-1.0, 0.0, 1e-3, 0.1, 0.5, 0.99, 1.0, 2.0, math.inf, math.nan],
+}
 FIXED = {  # what would need a network, other packages, minutes, or what the other tests are about
-    *("exp_name", "env_id", "device", "torch_threads", "compile", "cuda_graph", "progress", "track", "async_envs"),
+    *(
+        "exp_name",
+        "env_id",
+        "device",
+        "torch_threads",
+        "compile",
+        "cuda_graph",
+        "progress",
+        "track",
+        "async_envs",
+    ),
     *("wandb_project_name", "wandb_entity", "capture_video", "resume", "total_timesteps"),
 }
 
@@ -41,7 +54,13 @@ class Short(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
-        return self.observe(), -float(np.square(action).sum()), bool(self.np_random.random() < 0.1), False, {}
+        return (
+            self.observe(),
+            -float(np.square(action).sum()),
+            bool(self.np_random.random() < 0.1),
+            False,
+            {},
+        )
 
 
 gym.register("Short-v0", Short, max_episode_steps=12)
@@ -65,7 +84,13 @@ def flag_values(field):
         return st.lists(st.sampled_from([str(x) for x in POOLS[float]]), min_size=2, max_size=2)
     values = [str(x) for kind in kinds(field) for x in POOLS.get(kind, [])]
     if is_rate(field):
-        values = ["-1", "0", "0.001", "inf", "nan"]  # a large one is accepted, and stops the run when a loss overflows
+        values = [
+            "-1",
+            "0",
+            "0.001",
+            "inf",
+            "nan",
+        ]  # a large one is accepted, and stops the run when a loss overflows
     return st.sampled_from([*values, "nonsense"]).map(lambda value: [value])
 
 
@@ -75,7 +100,9 @@ def is_rate(field):
 
 def commands(script):
     """A strategy for up to three flags with their values, beside those that keep a run short."""
-    fields = {field.name: field for field in dataclasses.fields(script.Args) if field.name not in FIXED}
+    fields = {
+        field.name: field for field in dataclasses.fields(script.Args) if field.name not in FIXED
+    }
     words = "--env-id Short-v0 --device cpu --hidden-dim 16 --eval-episodes 1 --total-timesteps 50 "
     words += " ".join(quiet(script))
     if script in ON_POLICY:
@@ -99,7 +126,9 @@ def commands(script):
 
     return (
         st.lists(st.sampled_from(sorted(fields)), max_size=3, unique=True)
-        .flatmap(lambda names: st.fixed_dictionaries({name: flag_values(fields[name]) for name in names}))
+        .flatmap(
+            lambda names: st.fixed_dictionaries({name: flag_values(fields[name]) for name in names})
+        )
         .map(command)
     )
 
@@ -131,7 +160,11 @@ def check(script, flags):
             assert optimizer["state"] or due < 2  # gradient steps were taken
         else:
             assert code == 2, (code, error.getvalue())
-            lines = [line for line in error.getvalue().splitlines() if "error: " in line or "Error parsing" in line]
+            lines = [
+                line
+                for line in error.getvalue().splitlines()
+                if "error: " in line or "Error parsing" in line
+            ]
             assert len(lines) == 1 and "Traceback" not in error.getvalue()
             assert not Path(folder, "runs").exists()
     return code == 0

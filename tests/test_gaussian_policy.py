@@ -30,8 +30,12 @@ def test_log_prob_is_the_density_by_a_numerical_jacobian(low, high):
     mean, log_std = actor(obs)
     latent = mean + log_std.exp() * torch.randn_like(mean)
     h = 1e-4
-    slope = (actor.squash(latent + h)[0] - actor.squash(latent - h)[0]) / (2 * h)  # the Jacobian is diagonal
-    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(latent).sum(-1) - slope.log().sum(-1)
+    slope = (actor.squash(latent + h)[0] - actor.squash(latent - h)[0]) / (
+        2 * h
+    )  # the Jacobian is diagonal
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(latent).sum(
+        -1
+    ) - slope.log().sum(-1)
     assert log_prob.shape == (20,)
     torch.testing.assert_close(log_prob, expected, rtol=0, atol=1e-5)
     assert (action > torch.tensor(low)).all() and (action < torch.tensor(high)).all()
@@ -41,7 +45,9 @@ def test_rounding_does_not_lead_out_of_the_bounds():
     for script in SECOND:
         low, high = torch.tensor([[-1.5, -0.1, 0.7], [0.7, 1.7, 0.9]], dtype=torch.float32)
         actor = make_actor(script, low=low, high=high).float()
-        action = actor.squash(torch.linspace(-20, 20, 41, dtype=torch.float32)[:, None].expand(-1, 3))[0]
+        action = actor.squash(
+            torch.linspace(-20, 20, 41, dtype=torch.float32)[:, None].expand(-1, 3)
+        )[0]
         assert (action >= low).all() and (action <= high).all()
         assert (action[0] == low).all() and (action[-1] == high).all()
 
@@ -50,10 +56,14 @@ def test_squash_is_finite_and_inside_the_bounds_for_extreme_latents():
     for script in SECOND:
         actor = make_actor(script, low=(-0.3,), high=(2.7,)).float()
         action, log_det = actor.squash(torch.tensor([[-40.0], [0.0], [40.0]], dtype=torch.float32))
-        torch.testing.assert_close(action[:, 0], torch.tensor([-0.3, 1.2, 2.7], dtype=torch.float32))
+        torch.testing.assert_close(
+            action[:, 0], torch.tensor([-0.3, 1.2, 2.7], dtype=torch.float32)
+        )
         # log(1.5 (1 - tanh(40)^2)) = log 1.5 + log 4 - 80, far below the smallest float32 slope
         end = math.log(1.5) + math.log(4) - 80
-        torch.testing.assert_close(log_det, torch.tensor([end, math.log(1.5), end], dtype=torch.float32))
+        torch.testing.assert_close(
+            log_det, torch.tensor([end, math.log(1.5), end], dtype=torch.float32)
+        )
 
 
 def test_get_action_returns_action_log_prob_and_mean():
@@ -63,7 +73,9 @@ def test_get_action_returns_action_log_prob_and_mean():
         assert action.shape == mean_action.shape == (7, 2) and log_prob.shape == (7,)
         torch.testing.assert_close(mean_action, actor.get_action(obs)[2])  # no noise in it
         scale, bias = actor.action_scale, actor.action_bias
-        assert ((action - bias).abs() <= scale).all() and ((mean_action - bias).abs() <= scale).all()
+        assert ((action - bias).abs() <= scale).all() and (
+            (mean_action - bias).abs() <= scale
+        ).all()
         assert not torch.equal(action, actor.get_action(obs)[0])
 
 
@@ -80,10 +92,18 @@ def test_twin_critics_are_two_separate_networks():
 
 @pytest.mark.parametrize("script", [script for script in OFF_POLICY if script not in PAIR])
 def test_critic_loss_is_the_soft_bellman_error(script):
-    actor, qf, target = make_actor(script), script.SoftQNetwork(3, 1, 16), script.SoftQNetwork(3, 1, 16)
+    actor, qf, target = (
+        make_actor(script),
+        script.SoftQNetwork(3, 1, 16),
+        script.SoftQNetwork(3, 1, 16),
+    )
     randomise(actor)
     batch = script.Batch(
-        torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 1), torch.randn(4), torch.tensor([0.0, 1.0, 0.0, 1.0])
+        torch.randn(4, 3),
+        torch.randn(4, 3),
+        torch.rand(4, 1),
+        torch.randn(4),
+        torch.tensor([0.0, 1.0, 0.0, 1.0]),
     )
     torch.manual_seed(5)
     loss, values = script.critic_loss(actor, qf, target, batch, 0.3, 0.9)
@@ -102,7 +122,11 @@ def test_critic_loss_is_the_soft_bellman_error(script):
 
 
 def test_temperature_rises_while_the_entropy_is_below_its_target():
-    for entropy, sign in ((-3.0, -1), (-2.0, 0), (-1.0, 1)):  # target -2; gradient descent moves against the sign
+    for entropy, sign in (
+        (-3.0, -1),
+        (-2.0, 0),
+        (-1.0, 1),
+    ):  # target -2; gradient descent moves against the sign
         log_alpha = torch.tensor(0.5, requires_grad=True)
         wpo_continuous.temperature_loss(log_alpha, torch.tensor([-entropy]), -2.0).backward()
         assert log_alpha.grad.sign() == sign

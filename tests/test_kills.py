@@ -19,7 +19,9 @@ from tests.test_faults import run_flags
 
 INTERVAL = 100  # environment steps from checkpoint to checkpoint
 STAGES = ("half written", "written", "on the disk", "renamed")
-forkserver = multiprocessing.get_context("forkserver")  # has imported everything: a trial costs a second, not six
+forkserver = multiprocessing.get_context(
+    "forkserver"
+)  # has imported everything: a trial costs a second, not six
 forkserver.set_forkserver_preload(["tests.common"])
 
 
@@ -71,7 +73,9 @@ def kill_and_resume(script, folder, moments):
         steps = forkserver.Value("q", 0)
         stage = moment if moment in STAGES else None
         process = forkserver.Process(
-            target=run, args=(ROOT / f"{script.__name__}.py", command, folder, steps, stage), daemon=True
+            target=run,
+            args=(ROOT / f"{script.__name__}.py", command, folder, steps, stage),
+            daemon=True,
         )
         process.start()
         if not stage:
@@ -99,7 +103,9 @@ def kill_and_resume(script, folder, moments):
     assert best and len(list(folder.glob("runs/*/checkpoint.pt"))) == 1
     total = after + INTERVAL
     command = ["--resume", str(best), "--total-timesteps", str(total)]
-    process = forkserver.Process(target=run, args=(ROOT / f"{script.__name__}.py", command, folder, steps, None))
+    process = forkserver.Process(
+        target=run, args=(ROOT / f"{script.__name__}.py", command, folder, steps, None)
+    )
     process.start()
     process.join(60)
     assert process.exitcode == 0

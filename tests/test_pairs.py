@@ -16,12 +16,21 @@ BUDGETS = {  # lines removed, lines added
     ("wpo_continuous.py", "diffwpo_continuous.py"): (40, 120),
 }
 SHARED = {  # definitions, and methods, of the same text in both files of a pair
-    ("sac_continuous.py", "diffsac_continuous.py"): """SoftQNetwork squash Actor.sample critic_loss actor_loss
+    (
+        "sac_continuous.py",
+        "diffsac_continuous.py",
+    ): """SoftQNetwork squash Actor.sample critic_loss actor_loss
     temperature_loss""".replace("Actor.sample", "").split(),
-    ("ppo_continuous.py", "diffppo_continuous.py"): """fail make_env RunningNormalizer ReturnScaler mlp Critic
+    (
+        "ppo_continuous.py",
+        "diffppo_continuous.py",
+    ): """fail make_env RunningNormalizer ReturnScaler mlp Critic
     Actor.squash Actor.get_action gae policy_loss RandomState evaluate save_checkpoint load_checkpoint
     restore_checkpoint make_run_dir check_finite""".split(),
-    ("wpo_continuous.py", "diffwpo_continuous.py"): """fail make_env Batch ReplayBuffer n_step_transitions SoftQNetwork
+    (
+        "wpo_continuous.py",
+        "diffwpo_continuous.py",
+    ): """fail make_env Batch ReplayBuffer n_step_transitions SoftQNetwork
     Actor.squash Actor.get_action critic_loss kl_divergences temperature_loss RandomState evaluate save_checkpoint
     load_checkpoint restore_checkpoint make_run_dir check_finite""".split(),
 }
@@ -32,8 +41,11 @@ MAIN_LINES = {  # changed lines of `main`, at most
     ("ppo_continuous.py", "diffppo_continuous.py"): 8,
     ("wpo_continuous.py", "diffwpo_continuous.py"): 2,
 }
-LINES = {"sac_continuous.py": (250, 650), "diffsac_continuous.py": (370, 780)}  # above the frame, and whole
-MOST_OF_MAIN = 115
+LINES = {  # above the frame, and whole
+    "sac_continuous.py": (250, 710),
+    "diffsac_continuous.py": (370, 840),
+}
+MOST_OF_MAIN = 100
 
 
 def definitions(file):
@@ -52,7 +64,10 @@ def definitions(file):
 def test_diff_stays_within_its_budget(pair):
     files = [ROOT / file for file in pair]
     out = subprocess.run(
-        ["git", "diff", "--no-index", "--numstat", *files], capture_output=True, text=True, check=False
+        ["git", "diff", "--no-index", "--numstat", *files],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     added, removed = (int(count) for count in out.stdout.split()[:2])
     assert removed <= BUDGETS[pair][0] and added <= BUDGETS[pair][1], f"-{removed}/+{added}"
@@ -60,8 +75,12 @@ def test_diff_stays_within_its_budget(pair):
 
 
 def test_readme_states_the_lengths_of_the_scripts():
-    lines = [len((ROOT / f"{name}_continuous.py").read_text().splitlines()) for name in ("sac", "ppo")]
-    assert "| this repository | 1 ({}) | 1 ({}) |".format(*lines) in (ROOT / "README.md").read_text()
+    lines = [
+        len((ROOT / f"{name}_continuous.py").read_text().splitlines()) for name in ("sac", "ppo")
+    ]
+    assert (
+        "| this repository | 1 ({}) | 1 ({}) |".format(*lines) in (ROOT / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("pair", BUDGETS)
@@ -78,10 +97,13 @@ def test_shared_definitions_are_the_same_text(pair):
 @pytest.mark.parametrize("pair", BUDGETS)
 def test_changed_method_lines_name_their_equation(pair):
     vanilla, changed = ((ROOT / file).read_text() for file in pair)
-    added = [line for line in difflib.ndiff(vanilla.splitlines(), changed.splitlines()) if line[0] == "+"]
+    added = [
+        line for line in difflib.ndiff(vanilla.splitlines(), changed.splitlines()) if line[0] == "+"
+    ]
     assert sum("# DIFF: (" in line for line in added) >= 2
     assert changed.count("# DIFF:") == changed.count("# DIFF: (")
-    assert "# DIFF:" not in vanilla or any((pair[0] == second) for _, second in BUDGETS)
+    wpo = pair[0].startswith("wpo")  # its own comments are of the edge from SAC, which is under way
+    assert "# DIFF:" not in vanilla or wpo
 
 
 def test_the_family_shares_its_frame():
@@ -112,7 +134,11 @@ def test_lengths_of_the_third_edition(file):
 
 def test_pages_of_the_diffs_show_the_scripts_as_they_are():
     assert {edge[:2] for edge in diffs.EDGES} == set(BUDGETS)
-    stale = [name for name, text in diffs.pages().items() if (ROOT / "docs" / "diffs" / name).read_text() != text]
+    stale = [
+        name
+        for name, text in diffs.pages().items()
+        if (ROOT / "docs" / "diffs" / name).read_text() != text
+    ]
     assert stale == [], "run tools/diffs.py"
 
 
@@ -123,9 +149,16 @@ def test_side_by_side_rows_hold_both_files_whole(pair):
         lines = (ROOT / file).read_text().splitlines()
         here = [row for row in rows if row[number]]
         assert [row[number] for row in here] == list(range(1, len(lines) + 1))
-        plain = [html.unescape(row[text].replace(f"<{mark}>", "").replace(f"</{mark}>", "")) for row in here]
+        plain = [
+            html.unescape(row[text].replace(f"<{mark}>", "").replace(f"</{mark}>", ""))
+            for row in here
+        ]
         assert plain == lines
     out = subprocess.run(
-        ["git", "diff", "--no-index", "--numstat", *(ROOT / file for file in pair)], capture_output=True, text=True
+        ["git", "diff", "--no-index", "--numstat", *(ROOT / file for file in pair)],
+        capture_output=True,
+        text=True,
     ).stdout.split()
-    assert [str(sum(row[k] == kind for row in rows)) for k, kind in ((5, "ins"), (2, "del"))] == out[:2]
+    assert [
+        str(sum(row[k] == kind for row in rows)) for k, kind in ((5, "ins"), (2, "del"))
+    ] == out[:2]

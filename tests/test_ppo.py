@@ -39,7 +39,9 @@ def random_rollout(script, args, steps=12, envs=3):
     ends = (torch.rand(steps, envs) < 0.4).double()
     terminations = ends * (torch.rand(steps, envs) < 0.5)
     assert 0 < terminations.sum() < ends.sum() < ends.numel()
-    rollout = script.Rollout(obs, torch.randn(steps, envs, 2), latents, torch.randn(steps, envs), terminations, ends)
+    rollout = script.Rollout(
+        obs, torch.randn(steps, envs, 2), latents, torch.randn(steps, envs), terminations, ends
+    )
     return actor, critic, rollout
 
 
@@ -67,13 +69,17 @@ def test_gae_is_the_discounted_sum_of_errors():
         for t in range(20):
             for env in range(4):
                 deltas = (rewards + discounts * next_values - values)[:, env]
-                assert advantages[t, env].item() == pytest.approx(loop_advantage(deltas, traces[:, env], t).item())
+                assert advantages[t, env].item() == pytest.approx(
+                    loop_advantage(deltas, traces[:, env], t).item()
+                )
 
 
 def test_ppo_rows_bootstrap_time_limits_and_stop_at_terminations():
     args = make_args(ppo_continuous)
     actor, critic, rollout = random_rollout(ppo_continuous, args)
-    rows, scale = ppo_continuous.training_rows(actor, critic, fixed_scaler(0.4), rollout, args.alpha, args)
+    rows, scale = ppo_continuous.training_rows(
+        actor, critic, fixed_scaler(0.4), rollout, args.alpha, args
+    )
     assert scale == 0.4
     obs, latents, log_prob, refreshed, returns, values = rows
     with torch.no_grad():
@@ -84,7 +90,9 @@ def test_ppo_rows_bootstrap_time_limits_and_stop_at_terminations():
                 x, next_x = (actor.normalizer(o[t, env]) for o in (rollout.obs, rollout.next_obs))
                 latent = rollout.latents[t, env]
                 slope = actor.action_scale * (1 - torch.tanh(latent) ** 2)
-                reward = rollout.rewards[t, env] - ALPHA * (log_normal(latent, actor.net(x), std) - slope.log().sum())
+                reward = rollout.rewards[t, env] - ALPHA * (
+                    log_normal(latent, actor.net(x), std) - slope.log().sum()
+                )
                 alive = 1 - rollout.terminations[t, env]
                 deltas.append(0.4 * reward + GAMMA * alive * critic(next_x) - critic(x))
                 go_on.append(GAMMA * LAMBDA * (1 - rollout.ends[t, env]))
@@ -103,11 +111,15 @@ def test_diffppo_rows_on_the_augmented_axis(steps, monkeypatch):
     actor, critic, rollout = random_rollout(diffppo_continuous, args)
     fresh = torch.randn(12, 3, 2)
     monkeypatch.setattr(torch, "randn_like", lambda x: fresh)
-    rows, _ = diffppo_continuous.training_rows(actor, critic, fixed_scaler(0.4), rollout, args.alpha, args)
+    rows, _ = diffppo_continuous.training_rows(
+        actor, critic, fixed_scaler(0.4), rollout, args.alpha, args
+    )
     states, latents, next_latents, k, log_prob, refreshed, returns, values = rows
     prior_entropy = 2 * (math.log(1.3) + 0.5 * math.log(2 * math.pi * math.e))
     with torch.no_grad():
-        value = lambda o, latent, k: critic(torch.cat((actor.normalizer(o), latent, actor.step_embedding[k - 1])))  # noqa: E731
+        value = lambda o, latent, k: critic(
+            torch.cat((actor.normalizer(o), latent, actor.step_embedding[k - 1]))
+        )  # noqa: E731
         for env in range(3):
             deltas, go_on, log_ratios = [], [], []
             for t in range(12):
@@ -117,22 +129,38 @@ def test_diffppo_rows_on_the_augmented_axis(steps, monkeypatch):
                     std, logit = actor.log_std.exp()[step_k - 1], actor.delta_logit[step_k - 1]
                     delta = 1e-4 + (1.9 - 1e-4) / (1 + (-logit).exp())
                     decay, noising_std = 1 - delta / 2, 1.3 * delta.sqrt()
-                    state = torch.cat((actor.normalizer(rollout.obs[t, env]), latent, actor.step_embedding[step_k - 1]))
-                    log_q = log_normal(following, decay * latent + noising_std * actor.net(state), std)
+                    state = torch.cat(
+                        (
+                            actor.normalizer(rollout.obs[t, env]),
+                            latent,
+                            actor.step_embedding[step_k - 1],
+                        )
+                    )
+                    log_q = log_normal(
+                        following, decay * latent + noising_std * actor.net(state), std
+                    )
                     log_ratios.append(log_q - log_normal(latent, decay * following, noising_std))
                     reward, discount, trace = -ALPHA * log_ratios[-1], 1.0, 1.0
                     if step_k > 1:
                         next_value = value(rollout.obs[t, env], following, step_k - 1)
                     else:
                         slope = actor.action_scale * (1 - torch.tanh(following) ** 2)
-                        reward += rollout.rewards[t, env] + ALPHA * (prior_entropy + slope.log().sum())
+                        reward += rollout.rewards[t, env] + ALPHA * (
+                            prior_entropy + slope.log().sum()
+                        )
                         discount = GAMMA * (1 - rollout.terminations[t, env])
                         trace = GAMMA * LAMBDA * (1 - rollout.ends[t, env])
                         if rollout.ends[t, env] or t == 11:
                             next_value = value(rollout.next_obs[t, env], 1.3 * fresh[t, env], steps)
                         else:
-                            next_value = value(rollout.obs[t + 1, env], rollout.latents[t + 1, env, 0], steps)
-                    deltas.append(0.4 * reward + discount * next_value - value(rollout.obs[t, env], latent, step_k))
+                            next_value = value(
+                                rollout.obs[t + 1, env], rollout.latents[t + 1, env, 0], steps
+                            )
+                    deltas.append(
+                        0.4 * reward
+                        + discount * next_value
+                        - value(rollout.obs[t, env], latent, step_k)
+                    )
                     go_on.append(trace)
                     row = (t * 3 + env) * steps + i
                     assert k[row] == step_k and log_prob[row].item() == pytest.approx(log_q.item())
@@ -155,14 +183,18 @@ def test_exact_soft_values_have_errors_of_mean_zero(script):
     randomise(actor, 0.1)
     states = torch.eye(2)
     with torch.no_grad():
-        entropy = torch.stack([-actor.sample(states[i].expand(100_000, 2))[1].mean() for i in range(2)])
+        entropy = torch.stack(
+            [-actor.sample(states[i].expand(100_000, 2))[1].mean() for i in range(2)]
+        )
     soft = torch.tensor([1.0, 3.0]) + ALPHA * entropy
     exact = torch.stack([soft[i] + GAMMA * soft[1 - i] for i in range(2)]) / (1 - GAMMA**2)
     which = torch.arange(2).repeat(20_000)[:, None]  # 40,000 steps of one environment
     zeros = torch.zeros(40_000, 1)
     with torch.no_grad():
         latents = actor(actor.normalizer(states[which[:, 0]]))[:, None]
-    rollout = script.Rollout(states[which], states[1 - which], latents, 1.0 + 2.0 * which, zeros, zeros)
+    rollout = script.Rollout(
+        states[which], states[1 - which], latents, 1.0 + 2.0 * which, zeros, zeros
+    )
     value_of = lambda x: exact[x[..., :2].argmax(-1)]  # noqa: E731  (of the state alone: exact where a chain begins)
     rows, _ = script.training_rows(actor, value_of, fixed_scaler(), rollout, args.alpha, args)
     errors = (rows[-2] - rows[-1]).view(40_000, -1)[:, 0]  # of step K: the sum over the chain
@@ -202,9 +234,13 @@ def test_clipped_loss_on_known_numbers():
 @pytest.mark.parametrize("norm_adv", [False, True])
 def test_gradient_at_the_old_policy_is_equation_10(norm_adv):
     """At theta_old: -mean(A grad log q) - alpha mean(grad log pi), standardised alike, and by finite differences."""
-    args = make_args(diffppo_continuous, diffusion_steps=3, norm_adv=norm_adv, vf_coef=0.0, ent_coef=0.25)
+    args = make_args(
+        diffppo_continuous, diffusion_steps=3, norm_adv=norm_adv, vf_coef=0.0, ent_coef=0.25
+    )
     actor, critic, rollout = random_rollout(diffppo_continuous, args)
-    rows, _ = diffppo_continuous.training_rows(actor, critic, fixed_scaler(), rollout, args.alpha, args)
+    rows, _ = diffppo_continuous.training_rows(
+        actor, critic, fixed_scaler(), rollout, args.alpha, args
+    )
     *steps, _, _, returns, values = rows
     advantages = returns - values  # at theta_old the refreshed entropy term is the stored one
     mean, spread = (advantages.mean(), advantages.std()) if norm_adv else (0.0, 1.0)
@@ -212,7 +248,9 @@ def test_gradient_at_the_old_policy_is_equation_10(norm_adv):
     def objective():
         log_prob, log_noising = actor.log_density(*steps)
         entropy = (0.5 * torch.log(2 * math.pi * math.e * actor.std() ** 2)).sum(1).mean()
-        surrogate = -((advantages - mean) / spread * log_prob).mean() - ALPHA / spread * log_noising.mean()
+        surrogate = (
+            -((advantages - mean) / spread * log_prob).mean() - ALPHA / spread * log_noising.mean()
+        )
         return surrogate - 0.25 * entropy
 
     loss = diffppo_continuous.ppo_loss(actor, critic, rows, ALPHA, args)[0]
@@ -228,7 +266,9 @@ def test_gradient_at_the_old_policy_is_equation_10(norm_adv):
                 actor.delta_logit[row, column] += sign * h
                 values.append(objective().item())
                 actor.delta_logit[row, column] -= sign * h
-        assert gradients[0][row, column].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
+        assert gradients[0][row, column].item() == pytest.approx(
+            (values[0] - values[1]) / (2 * h), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("norm_adv", [False, True])
@@ -245,13 +285,17 @@ def test_ppo_loss_at_the_old_policy(norm_adv):
     expected = expected + 0.5 * 0.5 * (critic(obs) - returns).square().mean()
     loss, metrics = ppo_continuous.ppo_loss(actor, critic, rows, ALPHA, args)
     parameters = [actor.log_std, actor.net[0].weight, critic.net[2].weight]
-    for ours, reference in zip(*(torch.autograd.grad(x, parameters) for x in (loss, expected)), strict=True):
+    for ours, reference in zip(
+        *(torch.autograd.grad(x, parameters) for x in (loss, expected)), strict=True
+    ):
         torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-7)
     assert metrics["entropy"].item() == pytest.approx(entropy.item()) and metrics["clipfrac"] == 0
 
 
 def test_first_schedule_ends_with_the_smallest_noise():
-    actor = make_actor(diffppo_continuous, diffusion_steps=5, delta_first=1.0, delta_last=0.01, prior_std=2.0)
+    actor = make_actor(
+        diffppo_continuous, diffusion_steps=5, delta_first=1.0, delta_last=0.01, prior_std=2.0
+    )
     expected = 2 * torch.tensor([0.01, 0.01**0.75, 0.1, 0.01**0.25, 1.0]).sqrt()
     torch.testing.assert_close(actor.std()[:, 0], expected)
     torch.testing.assert_close(actor.order, torch.arange(5, 0, -1))
@@ -264,12 +308,22 @@ def test_path_log_ratio_of_diffppo_is_that_of_its_kernels():
     action, log_ratio = actor.sample(rollout.obs[0])
     torch.manual_seed(3)
     chains = actor(actor.normalizer(rollout.obs[0]))
-    log_prob, log_noising = actor.log_density(*actor.chain(actor.normalizer(rollout.obs[0]), chains))
+    log_prob, log_noising = actor.log_density(
+        *actor.chain(actor.normalizer(rollout.obs[0]), chains)
+    )
     slope = actor.action_scale * (1 - torch.tanh(chains[:, -1]) ** 2)
-    expected = log_normal(chains[:, 0], 0.0, torch.tensor(0.8)) + (log_prob - log_noising).sum(1) - slope.log().sum(1)
+    expected = (
+        log_normal(chains[:, 0], 0.0, torch.tensor(0.8))
+        + (log_prob - log_noising).sum(1)
+        - slope.log().sum(1)
+    )
     torch.testing.assert_close(log_ratio, expected)
-    torch.testing.assert_close(action, torch.tanh(chains[:, -1]) * actor.action_scale + actor.action_bias)
-    with torch.no_grad():  # unbiased for the volume of the action box, 2 times 3.5, whatever the parameters
+    torch.testing.assert_close(
+        action, torch.tanh(chains[:, -1]) * actor.action_scale + actor.action_bias
+    )
+    with (
+        torch.no_grad()
+    ):  # unbiased for the volume of the action box, 2 times 3.5, whatever the parameters
         weight = torch.exp(-actor.sample(rollout.obs[0, :1].expand(400_000, 2))[1])
     error = weight.std().item() / 400_000**0.5
     assert error < 0.2 and weight.mean().item() == pytest.approx(7.0, abs=5 * error)
@@ -277,7 +331,10 @@ def test_path_log_ratio_of_diffppo_is_that_of_its_kernels():
 
 @pytest.mark.parametrize("script", ON_POLICY)
 def test_running_normalizer_and_return_scaler(script):
-    normalizer, data = script.RunningNormalizer(3), torch.randn(100, 3) * torch.tensor([1.0, 5.0, 0.1]) + 7
+    normalizer, data = (
+        script.RunningNormalizer(3),
+        torch.randn(100, 3) * torch.tensor([1.0, 5.0, 0.1]) + 7,
+    )
     for rows in (data[:1], data[1:40], data[40:]):
         normalizer.update(rows)
     torch.testing.assert_close(normalizer.mean, data.mean(0), rtol=1e-4, atol=1e-4)
@@ -306,7 +363,12 @@ def test_learns_to_take_the_action_that_pays(script, monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["script"])
-    args = script.Args(env_id="tests.scripted_env:PaysTheAction-v0", total_timesteps=24_576, learning_rate=1e-3, seed=1)
+    args = script.Args(
+        env_id="tests.scripted_env:PaysTheAction-v0",
+        total_timesteps=24_576,
+        learning_rate=1e-3,
+        seed=1,
+    )
     args.hidden_dim, args.progress, args.eval_frequency = 32, False, 0
     script.main(args)
     checkpoint = torch.load(next(tmp_path.glob("runs/*/checkpoint.pt")), weights_only=True)

@@ -26,7 +26,9 @@ def test_export_table_and_figure(monkeypatch, tmp_path, capsys):
     assert [path.name for path in files] == ["sac_continuous__1.csv", "sac_continuous__2.csv"]
     runs = [plot.read_csv(path) for path in files]
     for run, run_dir in zip(runs, sorted(tmp_path.glob("runs/*")), strict=True):
-        assert run.facts["env_id"] == "Pendulum-v1" and "--total-timesteps 60" in run.facts["command"]
+        assert (
+            run.facts["env_id"] == "Pendulum-v1" and "--total-timesteps 60" in run.facts["command"]
+        )
         assert {"torch", "gymnasium", "mujoco", "numpy", "python", "commit"} <= run.facts.keys()
         logged = plot.read_events(run_dir).curves["eval/episodic_return"]
         assert [step for step, _ in logged] == [30, 60]
@@ -34,7 +36,10 @@ def test_export_table_and_figure(monkeypatch, tmp_path, capsys):
     capsys.readouterr()
     plot.table(files)
     final = np.array([run.curves["eval/episodic_return"][-1][1] for run in runs])
-    assert f"| Pendulum-v1 | sac | 1, 2 | 60 | {final.mean():.1f} ± {final.std():.1f} |" in capsys.readouterr().out
+    assert (
+        f"| Pendulum-v1 | sac | 1, 2 | 60 | {final.mean():.1f} ± {final.std():.1f} |"
+        in capsys.readouterr().out
+    )
     plot.figure(files, to=tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -61,7 +66,10 @@ def test_exported_commit_is_the_one_of_the_runs_start(monkeypatch, tmp_path):
 
 def test_export_thins_curves_to_one_value_in_an_interval(monkeypatch, tmp_path):
     steps = [2048 * i for i in range(1, 16)]  # as an on-policy run logs
-    curves = {name: [(step, 0.5 * step) for step in steps] for name in ("eval/episodic_return", "losses/alpha")}
+    curves = {
+        name: [(step, 0.5 * step) for step in steps]
+        for name in ("eval/episodic_return", "losses/alpha")
+    }
     facts = {"env_id": "Some-v0", "exp_name": "ppo", "seed": "3"}
     monkeypatch.setattr(plot, "read_events", lambda _: plot.Run(dict(facts), curves))
     plot.export([tmp_path], to=tmp_path / "results", every=10_000)
@@ -80,7 +88,9 @@ def test_export_does_not_replace_runs_with_other_arguments(monkeypatch, tmp_path
         if steps == "2":  # another commit is a run made again
             plot.export([tmp_path], to=tmp_path / "results")
         else:
-            with pytest.raises(SystemExit, match="other diffusion_steps: delete it, or use --distinguish"):
+            with pytest.raises(
+                SystemExit, match="other diffusion_steps: delete it, or use --distinguish"
+            ):
                 plot.export([tmp_path], to=tmp_path / "results")
     names = [path.name for path in sorted(tmp_path.glob("sweep/Some-v0/*.csv"))]
     assert names == ["ppo__diffusion_steps-2__3.csv", "ppo__diffusion_steps-4__3.csv"]
@@ -92,7 +102,9 @@ def a_run(tmp_path, name, seed, values, speed=60.0, **facts):
     steps = [600 * (i + 1) for i in range(len(values))]
     curves = {"eval/episodic_return": list(zip(steps, values, strict=True))}
     curves["charts/SPS"] = [(step, speed) for step in steps]
-    facts = {"env_id": "Some-v0", "exp_name": name, "seed": str(seed)} | {k: str(v) for k, v in facts.items()}
+    facts = {"env_id": "Some-v0", "exp_name": name, "seed": str(seed)} | {
+        k: str(v) for k, v in facts.items()
+    }
     path = tmp_path / f"{name}__{seed}__{len(list(tmp_path.glob('*.csv')))}.csv"
     plot.write_csv(plot.Run(facts, curves), path)
     return path
@@ -115,7 +127,9 @@ def test_time_to_return(tmp_path):
 
 def test_figures_of_all_kinds(tmp_path, monkeypatch):
     files = [
-        a_run(tmp_path, "diffsac_continuous", s, [1.0, 2.0 * k + s], diffusion_steps=k) for k in (1, 4) for s in (1, 2)
+        a_run(tmp_path, "diffsac_continuous", s, [1.0, 2.0 * k + s], diffusion_steps=k)
+        for k in (1, 4)
+        for s in (1, 2)
     ]
     drawn = []
     monkeypatch.setattr(plot, "save", lambda fig, to: drawn.append(fig))
@@ -138,9 +152,13 @@ def test_figures_of_all_kinds(tmp_path, monkeypatch):
 
 
 def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path):
-    other = [a_run(tmp_path, "diffsac_continuous", 1, [1.0, 2.0], diffusion_steps=k) for k in (1, 4)]
+    other = [
+        a_run(tmp_path, "diffsac_continuous", 1, [1.0, 2.0], diffusion_steps=k) for k in (1, 4)
+    ]
     apart = [a_run(tmp_path, "sac_continuous", seed, [1.0, 2.0]) for seed in (1, 2)]
-    apart[1].write_text(apart[1].read_text().replace("\n600,", "\n601,").replace("\n1200,", "\n1201,"))
+    apart[1].write_text(
+        apart[1].read_text().replace("\n600,", "\n601,").replace("\n1200,", "\n1201,")
+    )
     for draw in (plot.table, lambda files: plot.figure(files, to=tmp_path / "figure.png")):
         with pytest.raises(SystemExit, match="another run of diffsac_continuous with seed 1"):
             draw(other)
@@ -180,7 +198,9 @@ def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, cap
     args = sac_continuous.Args(env_id="tests.scripted_env:PaysTheAction-v0", hidden_dim=16)
     save_policy(sac_continuous, tmp_path / "checkpoint.pt", args, actor)
     enjoy.main(enjoy.Args(tmp_path / "checkpoint.pt", episodes=2, mean_action=True))
-    assert json.loads(capsys.readouterr().out)["returns"] == pytest.approx([20 * np.tanh(0.5)] * 2, rel=1e-5)
+    assert json.loads(capsys.readouterr().out)["returns"] == pytest.approx(
+        [20 * np.tanh(0.5)] * 2, rel=1e-5
+    )
     (tmp_path / "garbage.pt").write_bytes(b"nothing")
     with pytest.raises(SystemExit, match="no checkpoint"):
         enjoy.main(enjoy.Args(tmp_path / "garbage.pt"))

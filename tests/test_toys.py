@@ -40,7 +40,10 @@ def test_environment_passes_gymnasiums_checks(env_id):
     env = gym.make(env_id)
     env.reset(seed=1)
     ends = [env.step(np.array([0.3], dtype=np.float32))[2:4] for _ in range(100)]
-    assert ends[:-1] == [(False, False)] * 99 and ends[-1] == (False, True)  # a time limit, not a terminal state
+    assert ends[:-1] == [(False, False)] * 99 and ends[-1] == (
+        False,
+        True,
+    )  # a time limit, not a terminal state
 
 
 def test_turns_and_rewards():
@@ -63,9 +66,13 @@ def test_turns_and_rewards():
     env.reset(seed=3)
     env.heading = np.deg2rad(50.0)  # sector 1: means .619 .160 .344 .065 .653
     obs, paid, *_ = env.step(np.array([0.344]))
-    density = np.mean(np.exp(-0.5 * ((0.344 - toys.MEANS[1]) / 0.05) ** 2)) / (0.05 * np.sqrt(2 * np.pi))
+    density = np.mean(np.exp(-0.5 * ((0.344 - toys.MEANS[1]) / 0.05) ** 2)) / (
+        0.05 * np.sqrt(2 * np.pi)
+    )
     assert paid == pytest.approx(np.log(density), abs=1e-9)
-    np.testing.assert_allclose(obs, (np.cos(np.deg2rad(50 + 41.28)), np.sin(np.deg2rad(50 + 41.28))), atol=1e-9)
+    np.testing.assert_allclose(
+        obs, (np.cos(np.deg2rad(50 + 41.28)), np.sin(np.deg2rad(50 + 41.28))), atol=1e-9
+    )
     assert env.step(np.array([1.0]))[1] == pytest.approx(np.log(1e-12))  # the floor
 
 
@@ -80,8 +87,17 @@ def test_double_well_optimum(alpha):
     exact = toys.optimum(toys.TurningDoubleWell(), alpha)
     peak, valley = (exact.density[0, np.abs(exact.actions - a).argmin()] for a in (0.5, 0.0))
     distance = (exact.density[0] * np.abs(exact.actions)).mean() * 2
-    numbers = (exact.mean_reward[0], exact.entropy[0], peak, valley, distance, alpha * exact.log_partition[0])
-    np.testing.assert_allclose(numbers, TABLE[alpha], rtol=2e-4, atol=1e-4 if alpha > 0.01 else 5e-6)
+    numbers = (
+        exact.mean_reward[0],
+        exact.entropy[0],
+        peak,
+        valley,
+        distance,
+        alpha * exact.log_partition[0],
+    )
+    np.testing.assert_allclose(
+        numbers, TABLE[alpha], rtol=2e-4, atol=1e-4 if alpha > 0.01 else 5e-6
+    )
     density = lambda a: np.exp((toys.double_well_reward(0.0, a) - 1) / alpha)  # noqa: E731
     whole = integrate.quad(density, -1, 1, points=(-0.5, 0, 0.5), limit=200)[0]
     assert exact.log_partition[0] == pytest.approx(np.log(whole) + 1 / alpha, abs=1e-4)
@@ -91,7 +107,9 @@ def test_double_well_optimum(alpha):
 def test_gmm_optimum_at_temperature_one_is_the_mixture():
     exact = toys.optimum(toys.TurningGMM(), 1.0)
     entropies = [-0.2243, -0.4136, -0.5162, -0.0730, -0.5871, -0.4614, -0.2307, -0.3959]
-    np.testing.assert_allclose(exact.entropy.reshape(8, -1), np.repeat(entropies, 15).reshape(8, -1), atol=6e-5)
+    np.testing.assert_allclose(
+        exact.entropy.reshape(8, -1), np.repeat(entropies, 15).reshape(8, -1), atol=6e-5
+    )
     np.testing.assert_allclose(exact.mean_reward, -exact.entropy, atol=1e-3)
     assert np.abs(exact.log_partition).max() < 1e-6
     np.testing.assert_allclose(exact.density.mean(1) * 2, 1, atol=1e-9)
@@ -130,7 +148,12 @@ class Exact(torch.nn.Module):
         self.random = np.random.default_rng(2)
 
     def sample(self, obs):
-        density = self.exact.density[0] * np.where(self.exact.actions > 0, 1, self.left) * 2 / (1 + self.left)
+        density = (
+            self.exact.density[0]
+            * np.where(self.exact.actions > 0, 1, self.left)
+            * 2
+            / (1 + self.left)
+        )
         cell = self.random.choice(len(density), size=len(obs), p=density / density.sum())
         spread = (self.random.uniform(size=len(obs)) - 0.5) * 2 / len(density)
         action = torch.as_tensor(self.exact.actions[cell] + spread)
@@ -139,7 +162,9 @@ class Exact(torch.nn.Module):
 
 class Uniform(torch.nn.Module):
     def sample(self, obs):
-        return 2 * torch.rand(len(obs), 1, dtype=torch.float64) - 1, torch.full((len(obs),), -np.log(2))
+        return 2 * torch.rand(len(obs), 1, dtype=torch.float64) - 1, torch.full(
+            (len(obs),), -np.log(2)
+        )
 
 
 class ExactMixture(torch.nn.Module):
@@ -152,7 +177,9 @@ class ExactMixture(torch.nn.Module):
     def sample(self, obs):
         headings = torch.atan2(obs[:, 1], obs[:, 0]).double().numpy()
         component = self.random.integers(5, size=len(obs))
-        action = toys.MEANS[toys.sector(headings), component] + toys.STD * self.random.normal(size=len(obs))
+        action = toys.MEANS[toys.sector(headings), component] + toys.STD * self.random.normal(
+            size=len(obs)
+        )
         action = action.clip(-1, 1)
         return torch.as_tensor(action)[:, None], torch.as_tensor(toys.gmm_reward(headings, action))
 
@@ -197,7 +224,9 @@ def test_table_of_a_uniform_policy():
     row = multimodality.compare(policy_of(Uniform(), alpha), 20_000, 1_000)[0]
     mean = 0.5 * integrate.quad(reward, -1, 1, points=(-0.5, 0.5))[0]
     first, second = (
-        0.5 * integrate.quad(lambda a, n=n: np.exp(n * reward(a) / alpha), -1, 1, points=(-0.5, 0.5))[0] for n in (1, 2)
+        0.5
+        * integrate.quad(lambda a, n=n: np.exp(n * reward(a) / alpha), -1, 1, points=(-0.5, 0.5))[0]
+        for n in (1, 2)
     )
     assert row["reward"] == pytest.approx(mean, abs=0.004)
     assert row["regret"] == pytest.approx(mean - TABLE[alpha][0], abs=0.004)  # below the optimum
@@ -214,7 +243,11 @@ def test_weights_of_a_chain_are_those_of_its_actions(script):
     actor = make_actor(script, 2, diffusion_steps=3, prior_std=1.0)
     randomise(actor, 0.05)
     row = multimodality.compare(policy_of(actor, 1.0), 20_000, 10)[0]
-    assert row["tv"] > 0.1 and row["single_size"] > 0.4 and row["single_error"] == pytest.approx(0, abs=0.015)
+    assert (
+        row["tv"] > 0.1
+        and row["single_size"] > 0.4
+        and row["single_error"] == pytest.approx(0, abs=0.015)
+    )
 
 
 def test_optimum_refuses_a_temperature_without_a_density():
@@ -227,10 +260,14 @@ def test_optimum_refuses_a_temperature_without_a_density():
 
 def test_log_z_is_left_out_where_it_depends_on_the_heading():
     row = multimodality.compare(policy_of(Uniform(), 2.0, IDS[1]), 500, 10)[0]
-    assert all(np.isnan(row[name]) for name in ("gap", "single_error", "episode_error")) and np.isfinite(row["regret"])
+    assert all(
+        np.isnan(row[name]) for name in ("gap", "single_error", "episode_error")
+    ) and np.isfinite(row["regret"])
 
 
-@pytest.mark.parametrize("left,kept", [(0.2, 16), (0.1, 8)])  # masses of the left mode: 1 / 6 and 1 / 11 of 1 / 2
+@pytest.mark.parametrize(
+    "left,kept", [(0.2, 16), (0.1, 8)]
+)  # masses of the left mode: 1 / 6 and 1 / 11 of 1 / 2
 def test_a_mode_is_kept_from_a_quarter_of_its_mass_on(left, kept):
     row = multimodality.compare(policy_of(Exact(0.05, left), 0.05), 20_000, 10)[0]
     assert row["kept"] == kept and row["least"] == pytest.approx(2 * left / (1 + left), abs=0.02)
@@ -259,25 +296,48 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     off = "--learning-starts 40 --batch-size 16 --no-autotune --alpha 0.05".split()
     on = "--num-envs 2 --num-steps 10 --num-minibatches 2 --alpha 1".split()
     assert run_script(monkeypatch, sac_continuous, "--env-id", IDS[0], *flags, *off) == 0
-    assert run_script(monkeypatch, diffppo_continuous, "--env-id", IDS[1], *flags, *on, "--no-progress") == 0
+    assert (
+        run_script(
+            monkeypatch, diffppo_continuous, "--env-id", IDS[1], *flags, *on, "--no-progress"
+        )
+        == 0
+    )
     capsys.readouterr()
     checkpoints = sorted(tmp_path.glob("runs/*/checkpoint.pt"))
     multimodality.table(checkpoints, samples=200, trajectories=10)
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == ["sac, seed 1", "diffppo, seed 1"]
     assert [row.split("|")[2].strip() for row in rows] == ["0.05", "1"]
-    multimodality.table(checkpoints, samples=200, trajectories=10, distinguish=("alpha", "delta_last"))
+    multimodality.table(
+        checkpoints, samples=200, trajectories=10, distinguish=("alpha", "delta_last")
+    )
     names = [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines()[2:]]
     with pytest.raises(SystemExit, match="one environment"):
-        multimodality.table(checkpoints, samples=200, trajectories=10, figure=tmp_path / "table.png")
-    multimodality.table(checkpoints[1:], samples=200, trajectories=10, figure=tmp_path / "table.png")
+        multimodality.table(
+            checkpoints, samples=200, trajectories=10, figure=tmp_path / "table.png"
+        )
+    multimodality.table(
+        checkpoints[1:], samples=200, trajectories=10, figure=tmp_path / "table.png"
+    )
     capsys.readouterr()
-    assert names == ["sac alpha=0.05 delta_last=None, seed 1", "diffppo alpha=1.0 delta_last=0.01, seed 1"]
-    multimodality.table([checkpoints[1]] * 2, samples=200, trajectories=10, modes=tmp_path / "modes.csv")
+    assert names == [
+        "sac alpha=0.05 delta_last=None, seed 1",
+        "diffppo alpha=1.0 delta_last=0.01, seed 1",
+    ]
+    multimodality.table(
+        [checkpoints[1]] * 2, samples=200, trajectories=10, modes=tmp_path / "modes.csv"
+    )
     single, _, mean = (row.split("|") for row in capsys.readouterr().out.splitlines()[2:])
-    assert mean[1].strip() == "diffppo, TurningGMM-v0, 2 runs" and mean[3].strip() == single[3].strip() + " ± 0.000"
+    assert (
+        mean[1].strip() == "diffppo, TurningGMM-v0, 2 runs"
+        and mean[3].strip() == single[3].strip() + " ± 0.000"
+    )
     modes = [line.split(",") for line in (tmp_path / "modes.csv").read_text().splitlines()[1:]]
-    assert len(modes) == 2 * 84 and modes[0][:3] == [IDS[1], "diffppo", "1"] and modes[:84] == modes[84:]
+    assert (
+        len(modes) == 2 * 84
+        and modes[0][:3] == [IDS[1], "diffppo", "1"]
+        and modes[:84] == modes[84:]
+    )
     assert sum(float(mode[5]) for mode in modes) == pytest.approx(2 * 24, abs=0.05)
     multimodality.chain(checkpoints[1], tmp_path / "chain.png", samples=200)
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("table", "chain"))
@@ -293,21 +353,31 @@ def test_exact_values_have_the_derivative_of_the_reward():
     assert values.shape == (2, 4)
     values[0].sum().backward()
     a = actions.detach()[:, 0]
-    torch.testing.assert_close(values[1].detach(), torch.as_tensor(env.reward(0.0, a.numpy()), dtype=torch.float32))
+    torch.testing.assert_close(
+        values[1].detach(), torch.as_tensor(env.reward(0.0, a.numpy()), dtype=torch.float32)
+    )
     inner, outer = 0.15 * 2 * (1 - 4 * a**2) * 8 * a, -2 * (a**2 - 0.25) / 0.75 / 0.75 * 2 * a
-    torch.testing.assert_close(actions.grad[:, 0], torch.where(a.abs() < 0.5, inner, outer), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        actions.grad[:, 0], torch.where(a.abs() < 0.5, inner, outer), rtol=1e-4, atol=1e-5
+    )
     sectors = gym.make(IDS[1]).unwrapped
     headings = 2 * np.pi * (np.arange(8) + 0.5) / 8
     obs = torch.as_tensor(sectors.observe(headings), dtype=torch.float32)
-    values = exact.ExactValues(sectors)(obs, torch.as_tensor(toys.MEANS[:, :1], dtype=torch.float32))
+    values = exact.ExactValues(sectors)(
+        obs, torch.as_tensor(toys.MEANS[:, :1], dtype=torch.float32)
+    )
     expected = torch.as_tensor(toys.gmm_reward(headings, toys.MEANS[:, 0]), dtype=torch.float32)
     torch.testing.assert_close(values[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_temperature_of_exact_training_is_annealed(monkeypatch):
     seen, loss = [], wpo_continuous.policy_loss
-    monkeypatch.setattr(wpo_continuous, "policy_loss", lambda *given: seen.append(float(given[4])) or loss(*given))
-    args = wpo_continuous.Args(env_id=IDS[1], autotune=False, alpha=0.5, alpha_anneal=16.0, total_timesteps=20)
+    monkeypatch.setattr(
+        wpo_continuous, "policy_loss", lambda *given: seen.append(float(given[4])) or loss(*given)
+    )
+    args = wpo_continuous.Args(
+        env_id=IDS[1], autotune=False, alpha=0.5, alpha_anneal=16.0, total_timesteps=20
+    )
     args.batch_size, args.hidden_dim, args.progress = 4, 4, False
     exact.train(wpo_continuous, args)
     assert seen[0] == pytest.approx(8) and seen[7] == pytest.approx(2) and seen[14:] == [0.5] * 6

@@ -87,13 +87,17 @@ class Cell:
 
     def checkpoint(self):
         """The newest checkpoint, or None."""
-        found = sorted(self.folder.glob("runs/*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        found = sorted(
+            self.folder.glob("runs/*/checkpoint.pt"), key=lambda path: path.stat().st_mtime
+        )
         return found[-1] if found else None
 
     def log_tail(self, lines=15):
         """The end of the log."""
         log = self.folder / "log.txt"
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+        return (
+            "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+        )
 
     def run(self, stop, core=None):
         """Run or go on, unless done; `stop` is a list of signal numbers that is not empty when we are to end."""
@@ -131,7 +135,9 @@ class Cell:
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                     pass_fds=(lock.fileno(),),  # the lock lasts as long as the training
                     start_new_session=True,  # Ctrl-C reaches it through us, once
-                    preexec_fn=(lambda: os.sched_setaffinity(0, {core})) if core is not None else None,
+                    preexec_fn=(lambda: os.sched_setaffinity(0, {core}))
+                    if core is not None
+                    else None,
                 )
                 told = False
                 while process.poll() is None:
@@ -180,20 +186,40 @@ def submit(cells, args):
         return
     folder = args.folder / args.suite
     folder.mkdir(parents=True, exist_ok=True)
-    again = [sys.executable, str(Path(__file__).resolve()), args.suite, "--folder", str(args.folder.resolve())]
+    again = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        args.suite,
+        "--folder",
+        str(args.folder.resolve()),
+    ]
     again += ["--seeds", *map(str, args.seeds), "--workers", "1", "--commands", *args.commands]
     script = folder / "job.sh"
     script.write_text(f"#!/bin/bash\nexec {shlex.join(again)} --only $SLURM_ARRAY_TASK_ID\n")
     # two minutes before the time limit the task gets SIGUSR1, writes a checkpoint and queues itself again
-    options = ["--requeue", "--open-mode=append", "--signal=B:USR1@120", "--ntasks=1", "--cpus-per-task=1"]
-    options += [f"--job-name={args.suite}", f"--output={folder}/slurm-%A_%a.txt", *shlex.split(args.slurm_args)]
+    options = [
+        "--requeue",
+        "--open-mode=append",
+        "--signal=B:USR1@120",
+        "--ntasks=1",
+        "--cpus-per-task=1",
+    ]
+    options += [
+        f"--job-name={args.suite}",
+        f"--output={folder}/slurm-%A_%a.txt",
+        *shlex.split(args.slurm_args),
+    ]
     subprocess.run(["sbatch", f"--array={','.join(numbers)}", *options, str(script)], check=True)
 
 
 def main(args: Args):
     args.folder = args.folder.resolve()  # the trainings run in other folders
     commands = [command for line in args.commands for command in expand(line)]
-    cells = [Cell(f"{command} --seed {seed}", args.folder / args.suite) for command in commands for seed in args.seeds]
+    cells = [
+        Cell(f"{command} --seed {seed}", args.folder / args.suite)
+        for command in commands
+        for seed in args.seeds
+    ]
     if len({cell.folder for cell in cells}) < len(cells):
         sys.exit("error: a command stands twice in the grid")
     for cell in cells:
@@ -213,9 +239,13 @@ def main(args: Args):
     for cell, state in states.items():
         if state == "failed":
             print(
-                f"\nfailed with exit code {cell.status()['code']}: {cell.command}\n{cell.log_tail()}", file=sys.stderr
+                f"\nfailed with exit code {cell.status()['code']}: {cell.command}\n{cell.log_tail()}",
+                file=sys.stderr,
             )
-    counts = ", ".join(f"{sum(s == state for s in states.values())} {state}" for state in sorted(set(states.values())))
+    counts = ", ".join(
+        f"{sum(s == state for s in states.values())} {state}"
+        for state in sorted(set(states.values()))
+    )
     print(f"{args.suite}: {counts}; folders in {args.folder / args.suite}", file=sys.stderr)
     if stop:
         sys.exit(128 + stop[0])

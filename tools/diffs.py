@@ -19,9 +19,21 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 EDGES = (
-    ("sac_continuous.py", "diffsac_continuous.py", "the Gaussian policy becomes a diffusion policy"),
-    ("ppo_continuous.py", "diffppo_continuous.py", "the Gaussian policy becomes a diffusion policy"),
-    ("wpo_continuous.py", "diffwpo_continuous.py", "the Gaussian policy becomes a diffusion policy"),
+    (
+        "sac_continuous.py",
+        "diffsac_continuous.py",
+        "the Gaussian policy becomes a diffusion policy",
+    ),
+    (
+        "ppo_continuous.py",
+        "diffppo_continuous.py",
+        "the Gaussian policy becomes a diffusion policy",
+    ),
+    (
+        "wpo_continuous.py",
+        "diffwpo_continuous.py",
+        "the Gaussian policy becomes a diffusion policy",
+    ),
 )
 CONTEXT = 3
 STYLE = """
@@ -53,12 +65,24 @@ class Args:
 
 def changes(old, new):
     """Blocks ((first, end) of the old lines, (first, end) of the new ones) that `git diff` finds changed, from 0 on."""
-    command = ["git", "diff", "--no-index", "--no-color", "-U0", "--diff-algorithm=myers", str(old), str(new)]
+    command = [
+        "git",
+        "diff",
+        "--no-index",
+        "--no-color",
+        "-U0",
+        "--diff-algorithm=myers",
+        str(old),
+        str(new),
+    ]
     out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     blocks = []
     for match in re.finditer(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", out, re.MULTILINE):
         a, n, b, m = (int(group) if group else 1 for group in match.groups())
-        a, b = a - (n > 0), b - (m > 0)  # git counts from 1; an empty range names the line before it
+        a, b = (
+            a - (n > 0),
+            b - (m > 0),
+        )  # git counts from 1; an empty range names the line before it
         blocks.append(((a, a + n), (b, b + m)))
     return blocks
 
@@ -66,7 +90,9 @@ def changes(old, new):
 def align(old, new):
     """Pair the lines of a changed block: (old index or None, new index or None), similar lines beside each other."""
     n, m = len(old), len(new)
-    likeness = [[difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() for b in new] for a in old]
+    likeness = [
+        [difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() for b in new] for a in old
+    ]
     best = [[0.0] * (m + 1) for _ in range(n + 1)]
     for i in range(n - 1, -1, -1):
         for j in range(m - 1, -1, -1):
@@ -74,7 +100,12 @@ def align(old, new):
             best[i][j] = max(best[i + 1][j], best[i][j + 1], pair)
     rows, i, j = [], 0, 0
     while i < n or j < m:
-        if i < n and j < m and likeness[i][j] > 0.5 and best[i][j] == best[i + 1][j + 1] + likeness[i][j]:
+        if (
+            i < n
+            and j < m
+            and likeness[i][j] > 0.5
+            and best[i][j] == best[i + 1][j + 1] + likeness[i][j]
+        ):
             rows.append((i, j))
             i, j = i + 1, j + 1
         elif i < n and (j == m or best[i][j] == best[i + 1][j]):
@@ -114,7 +145,10 @@ def side_by_side(first, second):
     """Rows (old line number, its HTML, kind, new line number, its HTML, kind) of two whole files."""
     old, new = ((ROOT / name).read_text().splitlines() for name in (first, second))
     rows, i, j = [], 0, 0
-    for (a, b), (c, d) in [*changes(ROOT / first, ROOT / second), ((len(old), len(old)), (len(new), len(new)))]:
+    for (a, b), (c, d) in [
+        *changes(ROOT / first, ROOT / second),
+        ((len(old), len(old)), (len(new), len(new))),
+    ]:
         for x, y in zip(range(i, a), range(j, c), strict=True):
             text = html.escape(old[x], quote=False)
             rows.append((x + 1, text, "", y + 1, text, ""))
@@ -127,7 +161,14 @@ def side_by_side(first, second):
                 left, right = words(old[a + x], new[c + y])
             numbers = (None if x is None else a + x + 1), (None if y is None else c + y + 1)
             rows.append(
-                (numbers[0], left, "none" if x is None else "del", numbers[1], right, "none" if y is None else "ins")
+                (
+                    numbers[0],
+                    left,
+                    "none" if x is None else "del",
+                    numbers[1],
+                    right,
+                    "none" if y is None else "ins",
+                )
             )
         i, j = b, d
     return rows
@@ -168,7 +209,9 @@ def markdown_page(first, second, what):
     rows = side_by_side(first, second)
     removed, added = (sum(row[k] == kind for row in rows) for k, kind in ((2, "del"), (5, "ins")))
     changed = [i for i, row in enumerate(rows) if row[2] or row[5]]
-    shown = sorted({j for i in changed for j in range(max(i - CONTEXT, 0), min(i + CONTEXT + 1, len(rows)))})
+    shown = sorted(
+        {j for i in changed for j in range(max(i - CONTEXT, 0), min(i + CONTEXT + 1, len(rows)))}
+    )
     stem = f"{first.removesuffix('.py')}-{second.removesuffix('.py')}"
     lines = [
         f"# {first} → {second}",
@@ -215,7 +258,9 @@ def main(args: Args):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     if stale:
-        sys.exit(f"error: run tools/diffs.py: {', '.join(stale)} do not show the scripts as they are")
+        sys.exit(
+            f"error: run tools/diffs.py: {', '.join(stale)} do not show the scripts as they are"
+        )
 
 
 if __name__ == "__main__":

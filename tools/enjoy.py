@@ -77,8 +77,14 @@ def load_actor(path):
     args = checkpoint["args"]
     if hasattr(module, "Interface"):  # the third edition
         envs = module.make_envs(args.env_id, 1)
-        obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-        actor, obs_rms = module.Actor(obs_dim, action_dim, args), module.RunningMeanStd(obs_dim, args.normalize_obs)
+        obs_dim, action_dim = (
+            envs.single_observation_space.shape[0],
+            envs.single_action_space.shape[0],
+        )
+        actor, obs_rms = (
+            module.Actor(obs_dim, action_dim, args),
+            module.RunningMeanStd(obs_dim, args.normalize_obs),
+        )
         actor.load_state_dict(checkpoint["actor"])
         obs_rms.load_state_dict(checkpoint["obs_rms"])
         envs.close()
@@ -101,7 +107,9 @@ def main(args: Args):
     env = gym.make(env_id, render_mode=mode) if mode else gym.make(env_id)
     if args.video:
         prefix = re.sub(r"[^\w.-]", "-", env_id)
-        env = gym.wrappers.RecordVideo(env, str(args.video), episode_trigger=lambda _: True, name_prefix=prefix)
+        env = gym.wrappers.RecordVideo(
+            env, str(args.video), episode_trigger=lambda _: True, name_prefix=prefix
+        )
     env = wrap(env)
     torch.manual_seed(args.seed)
     returns, lengths = [], []
@@ -117,9 +125,18 @@ def main(args: Args):
         returns.append(total)
         lengths.append(length)
     env.close()
-    facts = {"checkpoint": str(args.checkpoint), "env_id": env_id, "global_step": checkpoint["global_step"]}
+    facts = {
+        "checkpoint": str(args.checkpoint),
+        "env_id": env_id,
+        "global_step": checkpoint["global_step"],
+    }
     facts |= {"mean_action": args.mean_action, "episodes": args.episodes, "seed": args.seed}
-    numbers = {"mean_return": np.mean(returns), "std_return": np.std(returns), "returns": returns, "lengths": lengths}
+    numbers = {
+        "mean_return": np.mean(returns),
+        "std_return": np.std(returns),
+        "returns": returns,
+        "lengths": lengths,
+    }
     print(json.dumps(facts | numbers, indent=1))
 
 

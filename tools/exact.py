@@ -41,7 +41,9 @@ class ExactValues:
         heading = np.arctan2(obs[..., 1].double().numpy(), obs[..., 0].double().numpy())
         action = actions.detach()[..., 0].double().numpy()
         value = self.env.reward(heading, action)
-        slope = (self.env.reward(heading, action + step) - self.env.reward(heading, action - step)) / (2 * step)
+        slope = (
+            self.env.reward(heading, action + step) - self.env.reward(heading, action - step)
+        ) / (2 * step)
         value, slope = (torch.as_tensor(x, dtype=actions.dtype) for x in (value, slope))
         return (value + slope * (actions - actions.detach())[..., 0]).expand(2, *value.shape)
 
@@ -60,7 +62,9 @@ def train(script, args):
         alpha = args.alpha * args.alpha_anneal ** max(0.0, 1 - step / (0.7 * args.total_timesteps))
         headings = env.first_headings(random, (args.batch_size,))
         obs = torch.as_tensor(env.observe(headings), dtype=torch.float32)
-        before, after = ((actor,), (args,)) if wasserstein else ((), ())  # no trust region: the actor is its target
+        before, after = (
+            ((actor,), (args,)) if wasserstein else ((), ())
+        )  # no trust region: the actor is its target
         loss = script.policy_loss(actor, *before, values, obs, torch.tensor(alpha), *after)[0]
         optimizer.zero_grad()
         loss.backward()

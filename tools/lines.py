@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def count(train, is_own):
     """Call `train` and return (files, lines) over the files for which `is_own` holds and in which a function ran."""
     seen = set()
-    sys.setprofile(lambda frame, event, arg: seen.add(frame.f_code.co_filename) if event == "call" else None)
+    sys.setprofile(
+        lambda frame, event, arg: seen.add(frame.f_code.co_filename) if event == "call" else None
+    )
     try:
         train()
     finally:
@@ -33,7 +35,15 @@ def count(train, is_own):
 def train_script(name):
     """Train 400 steps with a script of this repository."""
     flags = ["--learning-starts", "100"] if name.startswith("sac") else ["--num-steps", "25"]
-    words = [f"{ROOT / name}", "--env-id", "Pendulum-v1", "--total-timesteps", "400", "--no-progress", *flags]
+    words = [
+        f"{ROOT / name}",
+        "--env-id",
+        "Pendulum-v1",
+        "--total-timesteps",
+        "400",
+        "--no-progress",
+        *flags,
+    ]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
@@ -50,14 +60,18 @@ def main():
     print("| | files | lines |\n|---|---|---|")
     for name in ("sac_continuous.py", "ppo_continuous.py"):
         with contextlib.redirect_stdout(io.StringIO()):
-            files, lines = count(lambda name=name: train_script(name), lambda file: Path(file).parent == ROOT)
+            files, lines = count(
+                lambda name=name: train_script(name), lambda file: Path(file).parent == ROOT
+            )
         print(f"| {name} | {files} | {lines:,} |")
     for package in ("stable_baselines3", "sbx"):
         importlib.import_module(package)  # what only runs at the import does not count
         for name in ("SAC", "PPO"):
             files, lines = count(
                 lambda package=package, name=name: train_library(package, name),
-                lambda file: any(f"site-packages/{own}/" in file for own in ("stable_baselines3", "sbx")),
+                lambda file: any(
+                    f"site-packages/{own}/" in file for own in ("stable_baselines3", "sbx")
+                ),
             )
             print(f"| {package}, {name} | {files} | {lines:,} |")
 

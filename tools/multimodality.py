@@ -70,7 +70,10 @@ def load_policy(path, distinguish=()):
     if alpha == 0:
         sys.exit(f"error: {path} is of a run with --alpha 0, for which there is no optimal density")
     name = " ".join(
-        [args.exp_name.removesuffix("_continuous"), *(f"{key}={getattr(args, key, None)}" for key in distinguish)]
+        [
+            args.exp_name.removesuffix("_continuous"),
+            *(f"{key}={getattr(args, key, None)}" for key in distinguish),
+        ]
     )
     return Policy(name, actor, args, gym.make(args.env_id).unwrapped, alpha)
 
@@ -94,7 +97,9 @@ def divergence(action, actions, density, cells=400):
     """KL divergence of samples (count,) from a density on the grid `actions`, in nats, by their histogram."""
     counts = np.histogram(action, cells, (-1, 1))[0]
     shares = counts[counts > 0] / len(action)
-    entropy = -(shares * np.log(shares * cells / 2)).sum() + (len(shares) - 1) / (2 * len(action))  # Miller and Madow
+    entropy = -(shares * np.log(shares * cells / 2)).sum() + (len(shares) - 1) / (
+        2 * len(action)
+    )  # Miller and Madow
     nearest = ((action + 1) / 2 * len(actions)).astype(int).clip(0, len(actions) - 1)
     return -entropy - np.log(density[nearest] + 1e-300).mean()
 
@@ -132,7 +137,10 @@ def compare(policy, samples, trajectories, seed=0):
         nearest = np.abs(action[:, None] - means).argmin(1)
         nearest_exact = np.abs(exact.actions[:, None] - means).argmin(1)
         shares = [(nearest == j).mean() for j in range(len(means))]
-        whole = [exact.density[i, nearest_exact == j].sum() * 2 / len(exact.actions) for j in range(len(means))]
+        whole = [
+            exact.density[i, nearest_exact == j].sum() * 2 / len(exact.actions)
+            for j in range(len(means))
+        ]
         modes += [(np.rad2deg(heading), *mode) for mode in zip(means, whole, shares, strict=True)]
         least.append(np.min(np.divide(shares, whole)))
         kl.append(divergence(action, exact.actions, exact.density[i]))
@@ -173,7 +181,9 @@ def markdown(name, alpha, rows):
 
     def number(key, form=".3f", scale=1):
         values = scale * np.array([row[key] for row in rows])
-        return f"{values.mean():{form}}" + (f" ± {values.std():{form.lstrip('+')}}" if len(rows) > 1 else "")
+        return f"{values.mean():{form}}" + (
+            f" ± {values.std():{form.lstrip('+')}}" if len(rows) > 1 else ""
+        )
 
     kept, modes = sum(row["kept"] for row in rows), sum(len(row["modes"]) for row in rows)
     return (
@@ -210,11 +220,20 @@ def table(
         results.append((policy, *compare(policy, samples, trajectories)))
         fixed = None if getattr(policy.args, "autotune", False) else policy.alpha
         rows_of[policy.name, policy.args.env_id, fixed].append((policy.alpha, results[-1][1]))
-        print(markdown(f"{policy.name}, seed {policy.args.seed}", policy.alpha, [results[-1][1]]), flush=True)
+        print(
+            markdown(f"{policy.name}, seed {policy.args.seed}", policy.alpha, [results[-1][1]]),
+            flush=True,
+        )
     for (name, env_id, _), runs in rows_of.items():
         if len(runs) > 1:
             alphas, rows = zip(*runs, strict=True)
-            print(markdown(f"{name}, {env_id.removeprefix('toys:')}, {len(runs)} runs", np.mean(alphas), rows))
+            print(
+                markdown(
+                    f"{name}, {env_id.removeprefix('toys:')}, {len(runs)} runs",
+                    np.mean(alphas),
+                    rows,
+                )
+            )
     if modes:
         modes.parent.mkdir(parents=True, exist_ok=True)
         with modes.open("w", newline="") as file:
@@ -227,12 +246,18 @@ def table(
         drawing, axes = plt.subplots(
             headings, len(results), figsize=(2.1 * len(results), 1.9 * headings), squeeze=False
         )
-        for column, (policy, _, angles, edges, histograms, masses) in zip(axes.T, results, strict=True):
+        for column, (policy, _, angles, edges, histograms, masses) in zip(
+            axes.T, results, strict=True
+        ):
             width = edges[1] - edges[0]
             column[0].set_title(f"{policy.name}, seed {policy.args.seed}", fontsize=9)
             column[-1].set_xlabel("action")
-            for axis, i in zip(column, np.linspace(0, len(angles) - 1, headings).astype(int), strict=True):
-                axis.stairs(histograms[i] / width, edges, fill=True, color="#56B4E9", label="policy")
+            for axis, i in zip(
+                column, np.linspace(0, len(angles) - 1, headings).astype(int), strict=True
+            ):
+                axis.stairs(
+                    histograms[i] / width, edges, fill=True, color="#56B4E9", label="policy"
+                )
                 axis.stairs(masses[i] / width, edges, color="black", linewidth=1.2, label="exact")
                 axis.set_xlim(-1, 1)
                 if axis in axes[:, 0]:
@@ -257,7 +282,10 @@ def save(drawing, path):
 
 
 def chain(
-    checkpoint: Annotated[Path, tyro.conf.Positional], figure: Path, heading: float | None = None, samples: int = 20_000
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    figure: Path,
+    heading: float | None = None,
+    samples: int = 20_000,
 ) -> None:
     """Draw the chain of a diffusion policy at one heading: particles and densities, from the prior to the action.
 
@@ -284,10 +312,18 @@ def chain(
     for position, k in enumerate(range(steps, -1, -1)):
         density = np.histogram(actions[k], edges, density=True)[0] / highest
         axis.fill_betweenx(
-            middles, position, position + 0.8 * density, step="mid", color="black", alpha=0.55, linewidth=0
+            middles,
+            position,
+            position + 0.8 * density,
+            step="mid",
+            color="black",
+            alpha=0.55,
+            linewidth=0,
         )
     scale = 0.8 / highest
-    axis.fill_betweenx(exact.actions, steps + 1, steps + 1 + scale * exact.density[nearest], color="#009E73")
+    axis.fill_betweenx(
+        exact.actions, steps + 1, steps + 1 + scale * exact.density[nearest], color="#009E73"
+    )
     axis.set_xticks(range(steps + 2), [f"$a^{{{k}}}$" for k in range(steps, -1, -1)] + ["exact"])
     axis.set_ylabel("tanh of the latent")
     axis.set_ylim(-1, 1)

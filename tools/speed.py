@@ -40,7 +40,11 @@ COLUMNS = ("steps_per_s", "update_ms", "matrix_fraction", "peak_mb")
 class Args:
     env_id: str = "HalfCheetah-v4"
     "environment"
-    contenders: tuple[str, ...] = ("sac_continuous", "sb3:sac", "diffsac_continuous --diffusion-steps 8")
+    contenders: tuple[str, ...] = (
+        "sac_continuous",
+        "sb3:sac",
+        "diffsac_continuous --diffusion-steps 8",
+    )
     "scripts with their flags, or {sb3,sbx}:{sac,ppo}; the first one is the reference of the ratios"
     steps: int = 3000
     "environment steps of one run"
@@ -56,7 +60,9 @@ class Args:
 
 def clocked(args, times):
     """Steps per second between the logged steps, {step: time}, that are nearest to `burn_in` and to `steps`."""
-    first, last = (min(times, key=lambda step: abs(step - wanted)) for wanted in (args.burn_in, args.steps))
+    first, last = (
+        min(times, key=lambda step: abs(step - wanted)) for wanted in (args.burn_in, args.steps)
+    )
     return (last - first) / (times[last] - times[first])
 
 
@@ -82,7 +88,11 @@ def measure_script(command, args):
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     # on a GPU a step ends long after its launch, and a product of matrices on the CPU says nothing
-    rate, wait = (matrix_rate(), lambda: None) if args.device == "cpu" else (float("nan"), torch.cuda.synchronize)
+    rate, wait = (
+        (matrix_rate(), lambda: None)
+        if args.device == "cpu"
+        else (float("nan"), torch.cuda.synchronize)
+    )
     name, *flags = command.split()
     flags += f"--env-id {args.env_id} --total-timesteps {args.steps} --device {args.device}".split()
     flags += [] if "ppo" in name else ["--learning-starts", str(STARTS)]
@@ -121,7 +131,9 @@ def measure_script(command, args):
     speed = clocked(args, {event.step: event.wall_time for event in events.Scalars("charts/SPS")})
     update = float(np.median(seconds[len(seconds) // 3 :]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return dict(zip(COLUMNS, (speed, 1e3 * update, operations[0] / rate / update, peak), strict=True))
+    return dict(
+        zip(COLUMNS, (speed, 1e3 * update, operations[0] / rate / update, peak), strict=True)
+    )
 
 
 def measure_library(library, algorithm, args):
@@ -145,7 +157,8 @@ def measure_library(library, algorithm, args):
         _on_training_end = _on_rollout_start
 
     model_class = getattr(
-        importlib.import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[library]), algorithm.upper()
+        importlib.import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[library]),
+        algorithm.upper(),
     )
     options = {"device": "cpu"} if library == "sb3" else {}
     if algorithm == "ppo":
@@ -176,7 +189,12 @@ def measure(contender, args):
         core = {max(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else None
         pin = (lambda: os.sched_setaffinity(0, core)) if core else None
         out = subprocess.run(
-            command, cwd=folder, env=os.environ | one_thread, capture_output=True, text=True, preexec_fn=pin
+            command,
+            cwd=folder,
+            env=os.environ | one_thread,
+            capture_output=True,
+            text=True,
+            preexec_fn=pin,
         )
         if out.returncode:
             sys.exit(f"{contender} failed:\n{out.stderr[-2000:]}")
@@ -188,7 +206,10 @@ def main(args: Args):
     for round_ in range(args.rounds):
         for contender in args.contenders:
             rows.append({"contender": contender, "round": round_ + 1} | measure(contender, args))
-            print(f"round {round_ + 1}: {contender}: {rows[-1]['steps_per_s']:.1f} steps/s", file=sys.stderr)
+            print(
+                f"round {round_ + 1}: {contender}: {rows[-1]['steps_per_s']:.1f} steps/s",
+                file=sys.stderr,
+            )
 
     def values(contender, column):
         return np.array([row.get(column, np.nan) for row in rows if row["contender"] == contender])
@@ -199,7 +220,11 @@ def main(args: Args):
     best = {contender: values(contender, "steps_per_s").max() for contender in args.contenders}
     for contender in args.contenders:
         speed, update, fraction, peak = (values(contender, column) for column in COLUMNS)
-        own = "| |" if np.isnan(update).any() else f"| {update.min():.2f} | {100 * fraction[update.argmin()]:.0f} %"
+        own = (
+            "| |"
+            if np.isnan(update).any()
+            else f"| {update.min():.2f} | {100 * fraction[update.argmin()]:.0f} %"
+        )
         ratio = best[contender] / best[args.contenders[0]]
         print(
             f"| {contender} | {best[contender]:.1f} ({np.median(speed):.1f}) | {ratio:.2f} {own} | {peak.max():.0f} |"
@@ -207,7 +232,9 @@ def main(args: Args):
     if args.to:
         args.to.parent.mkdir(parents=True, exist_ok=True)
         with open(args.to, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["env_id", "contender", "round", *COLUMNS], lineterminator="\n")
+            writer = csv.DictWriter(
+                file, ["env_id", "contender", "round", *COLUMNS], lineterminator="\n"
+            )
             writer.writeheader()
             for row in rows:
                 numbers = {column: f"{row[column]:.4g}" for column in COLUMNS if column in row}

@@ -21,7 +21,9 @@ import gymnasium as gym
 import numpy as np
 
 SECTORS = 8
-MEANS = np.random.default_rng(0).uniform(-0.75, 0.75, size=(SECTORS, 5))  # of the mixtures, one row for each sector
+MEANS = np.random.default_rng(0).uniform(
+    -0.75, 0.75, size=(SECTORS, 5)
+)  # of the mixtures, one row for each sector
 STD, FLOOR = 0.05, np.log(1e-12)
 WELL, HILL = 0.25, 0.85
 
@@ -65,7 +67,11 @@ class Turning(gym.Env):
 
     def first_headings(self, random, shape=()):
         """Uniform headings in radians, multiples of 45 degrees if they `snap`."""
-        turns = random.integers(SECTORS, size=shape) / SECTORS if self.snap else random.uniform(size=shape)
+        turns = (
+            random.integers(SECTORS, size=shape) / SECTORS
+            if self.snap
+            else random.uniform(size=shape)
+        )
         return 2 * np.pi * turns
 
     @staticmethod
@@ -108,7 +114,9 @@ class Optimum:
     density: np.ndarray  # (H, A), of actions at each heading
     entropy: np.ndarray  # (H,), in nats
     mean_reward: np.ndarray  # (H,)
-    log_partition: np.ndarray  # (H,), of one step: log of the integral of exp((R + gamma (V(s') - V(s))) / alpha)
+    log_partition: (
+        np.ndarray
+    )  # (H,), of one step: log of the integral of exp((R + gamma (V(s') - V(s))) / alpha)
 
 
 def optimum(env, alpha, gamma=0.99, actions=4000, sectors=15):
@@ -127,7 +135,9 @@ def optimum(env, alpha, gamma=0.99, actions=4000, sectors=15):
     headings = 2 * np.pi * (np.arange(count) + (0.0 if env.snap else 0.5)) / count
     rewards = env.reward(headings[:, None], grid[None])
     values, shift = np.zeros(count), 2 * np.pi / count
-    following = (headings[:, None] + env.turn(grid)[None] - headings[0]) / shift  # in cells of the grid of headings
+    following = (
+        headings[:, None] + env.turn(grid)[None] - headings[0]
+    ) / shift  # in cells of the grid of headings
     lower = np.floor(following + 1e-9).astype(int)
     share = following - lower
     for _ in range(10_000):

@@ -12,7 +12,8 @@ import torch
 from tests.common import ROOT
 
 pytestmark = pytest.mark.skipif(
-    not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0, reason="needs Slurm"
+    not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
+    reason="needs Slurm",
 )
 FLAGS = "--env-id Pendulum-v1 --hidden-dim 16 --batch-size 16 --learning-starts 40 --eval-episodes 1 --device cpu"
 LONG = f"sac_continuous.py {FLAGS} --total-timesteps 4000 --checkpoint-frequency 100"
@@ -37,7 +38,10 @@ def submit(tmp_path, seeds):
 
 
 def states(tmp_path):
-    return [json.loads(path.read_text())["state"] for path in sorted(tmp_path.glob("suite/*/status.json"))]
+    return [
+        json.loads(path.read_text())["state"]
+        for path in sorted(tmp_path.glob("suite/*/status.json"))
+    ]
 
 
 def wait_for(condition, seconds=500):
