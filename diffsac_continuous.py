@@ -18,10 +18,10 @@ the mean. A chain without control has density p at every step; control adds its 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
 --actor-gradient chain differentiates (3) through all K steps. The paper's, step, goes through one
-and asks a critic V of the latents about the rest; where it leads too far, (9) takes its place:
+and asks a critic V of the latents about the rest; a' and its chain serve as a_new in (4) and (8):
 
     V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2) ] (7)
-    actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   a^k from a chain, held constant      (8)
+    actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   k uniform, a^k held constant         (8)
     or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c    (9)
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
@@ -96,7 +96,7 @@ class Args:
     diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 1.0  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
-    delta_last: float = 0.01  # delta_1 of the last; geometric between
+    delta_last: float = 0.01  # delta_1 of the last of several; geometric
     learn_delta: bool = True  # learn delta per step and dimension
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9); step only
@@ -136,8 +136,9 @@ DELTA_MIN, DELTA_MAX = 1e-4, 0.999  # range of a learned delta
 
 
 class Chain(NamedTuple):
-    """One chain for each state. Row k of `latents` is a^k, row k - 1 of the others is step k."""
+    """One chain for each row of obs. Row k of latents is a^k, row k - 1 of the others is step k."""
 
+    obs: torch.Tensor  # (batch, obs_dim)
     latents: torch.Tensor  # (K + 1, batch, action_dim)
     controls: torch.Tensor  # (K, batch, action_dim)
     noises: torch.Tensor  # (K, batch, action_dim)
@@ -184,7 +185,7 @@ class Actor(nn.Module):
             latent = decay[k - 1] * latents[0] + std[k - 1] * (control + noises[k - 1])  # DIFF: (5)
             latents.insert(0, latent)
             controls.insert(0, control)
-        return Chain(torch.stack(latents), torch.stack(controls), noises)
+        return Chain(obs, torch.stack(latents), torch.stack(controls), noises)
 
     def end_cost(self, latent):
         """The action of a^0, and log p(a^0) - log |da / da^0|, the first terms of (6)."""
@@ -195,8 +196,8 @@ class Actor(nn.Module):
     def outcome(self, chain):
         """Action (batch, action_dim) of a chain, and the log-ratio (6), (batch,)."""
         action, end_cost = self.end_cost(chain.latents[0])
-        cost = 0.5 * chain.controls.square() + chain.controls * chain.noises
-        return action, end_cost + cost.sum((0, -1))  # DIFF: (6)
+        control_cost = 0.5 * chain.controls.square() + chain.controls * chain.noises
+        return action, end_cost + control_cost.sum((0, -1))  # DIFF: (6)
 
     def sample(self, obs):
         """Reparameterised action (batch, action_dim), and (6) in place of a log-probability."""
@@ -229,35 +230,34 @@ def actor_loss(actor, qf, obs, alpha):
     return (alpha * log_prob - q).mean(), log_prob
 
 
-def latent_critic_loss(actor, latent_critic, obs, chain, q, alpha):
-    """Squared error of (7) against what each chain brought, at another j in each row."""
-    rows = torch.arange(len(obs), device=obs.device)
+def latent_critic_loss(actor, vf, chain, q, alpha):
+    """Squared error of (7) against what each chain brought; the rows take turns with j."""
+    obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)
     with torch.no_grad():
-        cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: of the steps 1 ... j
-        cost = actor.end_cost(chain.latents[0])[1] + cost[j - 1, rows]
+        control_cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: steps 1 ... j
+        cost = actor.end_cost(chain.latents[0])[1] + control_cost[j - 1, rows]
     inputs = torch.cat((obs, chain.latents[j, rows], j[:, None] / actor.steps), dim=-1)
-    q_part, cost_part = latent_critic(inputs).unbind(-1)
+    q_part, cost_part = vf(inputs).unbind(-1)
     return F.mse_loss(q_part, q) + alpha**2 * F.mse_loss(cost_part, cost)  # DIFF: (7)
 
 
-def step_actor_loss(actor, average_actor, qf, latent_critic, obs, chain, alpha, kl_bound):
-    """Equation (8) at another k in each row, or (9); D (batch,), and which rows are inside."""
-    rows = torch.arange(len(obs), device=obs.device)
+def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
+    """Equation (8), (9) outside of the trust region, and D (batch,); the rows take turns with k."""
+    obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     k = 1 + rows % actor.steps
     latent = chain.latents[k, rows]
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
     latent = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
     inputs = torch.cat((obs, latent, (k[:, None] - 1) / actor.steps), dim=-1)
-    q_part, cost_part = latent_critic(inputs).unbind(-1)
+    q_part, cost_part = vf(inputs).unbind(-1)
     value = q_part - alpha * cost_part
     action, end_cost = actor.end_cost(latent[:: actor.steps])  # rows of k = 1: Q itself is V_0
     value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
     surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
-    drift = 0.5 * actor.steps * (control - average_control).square().sum(-1)
-    inside = drift < kl_bound
-    return torch.where(inside, surrogate, 0.3 * drift).mean(), drift, inside.float()  # DIFF: (9)
+    kl = 0.5 * actor.steps * (control - average_control).square().sum(-1)
+    return torch.where(kl < kl_bound, surrogate, 0.3 * kl).mean(), kl  # DIFF: (9)
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
@@ -274,20 +274,20 @@ def main(args: Args):
     actor = Actor(obs_dim, action_dim, args).to(device)
     qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
     qf_target = copy.deepcopy(qf).requires_grad_(False)
-    latent_critic = latent_critic_network(obs_dim, action_dim, args).to(device)
+    vf = latent_critic_network(obs_dim, action_dim, args).to(device)
     average_actor = copy.deepcopy(actor).requires_grad_(False)
     temperature = nn.ParameterDict({"log_alpha": torch.tensor(args.alpha).log()}).to(device)
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
     q_optimizer = adam(qf.parameters(), lr=args.q_lr)
-    v_optimizer = adam(latent_critic.parameters(), lr=args.q_lr)
+    v_optimizer = adam(vf.parameters(), lr=args.q_lr)
     alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     parts = dict(actor=actor, qf=qf, qf_target=qf_target, temperature=temperature, obs_rms=obs_rms)
     parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
     parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
-    parts |= dict(latent_critic=latent_critic, v_optimizer=v_optimizer, average_actor=average_actor)
+    parts |= dict(vf=vf, v_optimizer=v_optimizer, average_actor=average_actor)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
 
     def update(batch):
@@ -296,11 +296,11 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            # one chain serves all losses; a terminal s' has no action, and gives its row to s
-            obs = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
-            chain = actor.chain(obs)
+            # the chain at s' serves the actor too; a terminal s' has no action: its row gets s
+            states = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
+            chain = actor.chain(states)
             next_actions, next_log_prob = actor.outcome(chain)
-            next_q = qf_target(obs, next_actions).amin(0)
+            next_q = qf_target(states, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
 
@@ -308,10 +308,10 @@ def main(args: Args):
             pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)
             descend(actor_optimizer, pi_loss)
         else:
-            v_loss = latent_critic_loss(actor, latent_critic, obs, chain, next_q, alpha)
+            v_loss = latent_critic_loss(actor, vf, chain, next_q, alpha)
             descend(v_optimizer, v_loss, args.max_grad_norm)
-            networks, log_prob = (actor, average_actor, qf, latent_critic), next_log_prob
-            pi_loss, drift, inside = step_actor_loss(*networks, obs, chain, alpha, args.kl_bound)
+            pi_loss, kl = step_actor_loss(actor, average_actor, qf, vf, chain, alpha, args.kl_bound)
+            log_prob = next_log_prob
             descend(actor_optimizer, pi_loss, args.max_grad_norm)
 
         if args.autotune:
@@ -321,15 +321,17 @@ def main(args: Args):
         move_towards(qf_target, qf, args.tau)
         move_towards(average_actor, actor, args.tau)
         metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
-        energy = 0.5 * chain.controls.square().sum((0, -1))
         metrics |= {
-            "diffusion/control_energy": energy,
-            "diffusion/noise_std_1": actor.kernels()[1][0],
+            "losses/actor_loss": pi_loss,
+            "losses/alpha": alpha,
+            "losses/entropy": -log_prob,
         }
+        metrics |= {"diffusion/control_energy": 0.5 * chain.controls.square().sum((0, -1))}
+        metrics |= {"diffusion/noise_std_1": actor.kernels()[1][0]}
         if args.actor_gradient == "step":
-            metrics |= {"diffusion/kl_to_average": drift, "diffusion/in_trust_region": inside}
-        return {"losses/alpha": alpha} | {name: value.detach() for name, value in metrics.items()}
+            metrics |= {"diffusion/kl_to_average": kl}
+            metrics |= {"diffusion/in_trust_region": (kl < args.kl_bound).float()}
+        return {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, update, actor.sample)
 
@@ -373,12 +375,14 @@ LIMITS = {  # smallest and largest value of a flag, in all scripts
     "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
     "batch_size hidden_dim diffusion_steps alpha_anneal": (1, math.inf),
     "eval_frequency checkpoint_frequency learning_starts utd": (0, math.inf),
-    "policy_lr q_lr alpha_lr alpha max_grad_norm kl_bound": (0, math.inf),
+    "policy_lr q_lr alpha_lr alpha": (0, math.inf),
+    "max_grad_norm kl_bound": (1e-6, math.inf),
     "target_entropy": (-1e9, 1e9),
-    "delta_first delta_last": (0.001, 1.8),
-    "prior_std tau": (1e-6, 1e6),
+    "delta_first delta_last": (0.001, 0.99),
+    "prior_std": (1e-6, 1e6),
     "seed": (0, 2**32 - 1),
-    "gamma tau": (0, 1),
+    "gamma": (0, 1),
+    "tau": (1e-6, 1),
 }
 
 
@@ -643,7 +647,7 @@ class Run:
         """With --no-autotune; the factor --alpha-anneal is gone after 70 % of the run."""
         left = max(0.0, 1 - self.step / (0.7 * self.args.total_timesteps))
         alpha = self.args.alpha * self.args.alpha_anneal**left
-        return math.log(alpha) if alpha else -math.inf
+        return math.log(alpha) if alpha else -1e9
 
     def check(self, values):
         """Stop the run, exit code 1, if an array or tensor overflows float32 when squared."""
@@ -694,17 +698,17 @@ class Run:
         10,000 steps at the latest; a signal ends the evaluation.
         """
         self.say(f"step {self.step}: evaluating") if self.bar.disable else None
-        envs, words = self.eval_envs, f"step {self.step}:"
+        envs, device, words = self.eval_envs, obs_rms.mean.device, f"step {self.step}:"
         policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
         for name, policy in policies.items():
-            with torch.random.fork_rng(range(torch.cuda.device_count())):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(self.args.seed)
                 obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs, 0))
                 returns, active, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), 0
                 while active.any() and steps < 10_000:
                     if self.stop_signal:
                         return
-                    actions = policy(obs_rms(to_tensor(obs, obs_rms.mean.device))).cpu().numpy()
+                    actions = policy(obs_rms(to_tensor(obs, device))).cpu().numpy()
                     obs, rewards, terminations, truncations, _ = envs.step(actions)
                     returns += active * rewards
                     active &= ~(terminations | truncations)
@@ -740,7 +744,8 @@ class Run:
     def save_when_due(self):
         """At multiples of --checkpoint-frequency, and ten minutes after the last time."""
         frequency = self.args.checkpoint_frequency
-        if self.due(frequency) or (frequency and time.time() > self.save_time + 600):
+        late = frequency and time.time() > self.save_time + 600
+        if self.goes_on() and (late or self.due(frequency)):  # else `close` does
             self.save()
 
     def restore(self, checkpoint):
@@ -752,9 +757,13 @@ class Run:
         try:
             for name, part in self.parts.items():
                 state = checkpoint[name]
-                if "param_groups" in state:  # a copy, or the old file stays mapped
+                if "param_groups" in state:
                     groups = part.state_dict()["param_groups"]
-                    state = copy.deepcopy(state) | {"param_groups": groups}
+                    if len(groups[0]["params"]) != len(state["param_groups"][0]["params"]):
+                        raise ValueError(f"{name} is of another number of weights")
+                    state = copy.deepcopy(state) | {
+                        "param_groups": groups
+                    }  # or the file stays mapped
                 part.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the checkpoint does not fit the arguments: {error}")
@@ -801,7 +810,7 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring buffer of transitions in float32 tensors on `device`; takes up memory as it fills."""
+    """Ring buffer of transitions in float32 tensors on `device`."""
 
     def __init__(self, capacity, obs_dim, action_dim, device):
         shapes = ((obs_dim,), (obs_dim,), (action_dim,), (), ())

@@ -198,8 +198,12 @@ def main(args: Args):
 
         move_towards(qf_target, qf, args.tau)
         metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
-        return {"losses/alpha": alpha} | {name: value.detach() for name, value in metrics.items()}
+        metrics |= {
+            "losses/actor_loss": pi_loss,
+            "losses/alpha": alpha,
+            "losses/entropy": -log_prob,
+        }
+        return {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, update, actor.sample)
 
@@ -243,12 +247,14 @@ LIMITS = {  # smallest and largest value of a flag, in all scripts
     "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
     "batch_size hidden_dim diffusion_steps alpha_anneal": (1, math.inf),
     "eval_frequency checkpoint_frequency learning_starts utd": (0, math.inf),
-    "policy_lr q_lr alpha_lr alpha max_grad_norm kl_bound": (0, math.inf),
+    "policy_lr q_lr alpha_lr alpha": (0, math.inf),
+    "max_grad_norm kl_bound": (1e-6, math.inf),
     "target_entropy": (-1e9, 1e9),
-    "delta_first delta_last": (0.001, 1.8),
-    "prior_std tau": (1e-6, 1e6),
+    "delta_first delta_last": (0.001, 0.99),
+    "prior_std": (1e-6, 1e6),
     "seed": (0, 2**32 - 1),
-    "gamma tau": (0, 1),
+    "gamma": (0, 1),
+    "tau": (1e-6, 1),
 }
 
 
@@ -513,7 +519,7 @@ class Run:
         """With --no-autotune; the factor --alpha-anneal is gone after 70 % of the run."""
         left = max(0.0, 1 - self.step / (0.7 * self.args.total_timesteps))
         alpha = self.args.alpha * self.args.alpha_anneal**left
-        return math.log(alpha) if alpha else -math.inf
+        return math.log(alpha) if alpha else -1e9
 
     def check(self, values):
         """Stop the run, exit code 1, if an array or tensor overflows float32 when squared."""
@@ -564,17 +570,17 @@ class Run:
         10,000 steps at the latest; a signal ends the evaluation.
         """
         self.say(f"step {self.step}: evaluating") if self.bar.disable else None
-        envs, words = self.eval_envs, f"step {self.step}:"
+        envs, device, words = self.eval_envs, obs_rms.mean.device, f"step {self.step}:"
         policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
         for name, policy in policies.items():
-            with torch.random.fork_rng(range(torch.cuda.device_count())):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(self.args.seed)
                 obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs, 0))
                 returns, active, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), 0
                 while active.any() and steps < 10_000:
                     if self.stop_signal:
                         return
-                    actions = policy(obs_rms(to_tensor(obs, obs_rms.mean.device))).cpu().numpy()
+                    actions = policy(obs_rms(to_tensor(obs, device))).cpu().numpy()
                     obs, rewards, terminations, truncations, _ = envs.step(actions)
                     returns += active * rewards
                     active &= ~(terminations | truncations)
@@ -610,7 +616,8 @@ class Run:
     def save_when_due(self):
         """At multiples of --checkpoint-frequency, and ten minutes after the last time."""
         frequency = self.args.checkpoint_frequency
-        if self.due(frequency) or (frequency and time.time() > self.save_time + 600):
+        late = frequency and time.time() > self.save_time + 600
+        if self.goes_on() and (late or self.due(frequency)):  # else `close` does
             self.save()
 
     def restore(self, checkpoint):
@@ -622,9 +629,13 @@ class Run:
         try:
             for name, part in self.parts.items():
                 state = checkpoint[name]
-                if "param_groups" in state:  # a copy, or the old file stays mapped
+                if "param_groups" in state:
                     groups = part.state_dict()["param_groups"]
-                    state = copy.deepcopy(state) | {"param_groups": groups}
+                    if len(groups[0]["params"]) != len(state["param_groups"][0]["params"]):
+                        raise ValueError(f"{name} is of another number of weights")
+                    state = copy.deepcopy(state) | {
+                        "param_groups": groups
+                    }  # or the file stays mapped
                 part.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the checkpoint does not fit the arguments: {error}")
@@ -671,7 +682,7 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring buffer of transitions in float32 tensors on `device`; takes up memory as it fills."""
+    """Ring buffer of transitions in float32 tensors on `device`."""
 
     def __init__(self, capacity, obs_dim, action_dim, device):
         shapes = ((obs_dim,), (obs_dim,), (action_dim,), (), ())

@@ -53,13 +53,13 @@ def train(script, alpha, updates, seed, actor_gradient="chain", **flags):
         arguments = (qf, batch) if script in PAIR else (actor, qf, qf)
         loss, _ = script.critic_loss(*arguments, *next_value)
         if by_step:
-            loss = loss + script.latent_critic_loss(actor, latent_critic, obs, chain, q, alpha)
+            loss = loss + script.latent_critic_loss(actor, latent_critic, chain, q, alpha)
         q_optimizer.zero_grad()
         loss.backward()
         q_optimizer.step()
         if by_step:
             networks = (actor, average, qf, latent_critic)
-            loss, *_ = script.step_actor_loss(*networks, obs, chain, alpha, 1.0)
+            loss, *_ = script.step_actor_loss(*networks, chain, alpha, 1.0)
         else:
             loss, _ = actor_loss(script, actor, qf, obs, alpha)
         actor_optimizer.zero_grad()

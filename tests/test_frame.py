@@ -390,7 +390,7 @@ def test_actions_come_from_the_policy_after_the_random_ones(script, monkeypatch,
 
 @pytest.mark.parametrize(
     "flags",
-    ["--diffusion-steps 1", "--diffusion-steps 2", "--actor-gradient chain", "--kl-bound 0"],
+    ["--diffusion-steps 1", "--diffusion-steps 2", "--actor-gradient chain", "--kl-bound 1e-6"],
 )
 def test_both_gradients_and_short_chains_train(flags, monkeypatch, tmp_path):
     assert (
@@ -408,8 +408,9 @@ def test_both_gradients_and_short_chains_train(flags, monkeypatch, tmp_path):
     ]
     for name in names:
         assert [step for step, _ in scalars(run_dir, f"diffusion/{name}")] == [100]
-    if flags == "--kl-bound 0":
-        assert scalars(run_dir, "diffusion/in_trust_region") == [(100, 0.0)]
+    if flags == "--kl-bound 1e-6":
+        ((_, share),) = scalars(run_dir, "diffusion/in_trust_region")
+        assert share < 1
 
 
 def test_terminal_states_are_replaced_by_the_states_before(monkeypatch, tmp_path):
@@ -767,3 +768,21 @@ def test_a_resumed_run_draws_other_noise_and_other_episodes(script, monkeypatch,
     assert equal(*after)
     rows = after[0]["buffer"]["data"][0]
     assert torch.cdist(rows[60:61], rows[:1]).item() > 1e-3
+
+
+def test_temperature_zero_and_flags_that_change_the_weights(monkeypatch, tmp_path):
+    flags = [*PENDULUM, "--no-autotune", "--alpha", 0, "--total-timesteps", 60]
+    assert run_script(monkeypatch, diffsac, *flags) == 0
+    (run_dir,) = run_dirs(tmp_path)
+    assert load(run_dir)["temperature"]["log_alpha"].exp() == 0
+    resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", 70]
+    assert run_script(monkeypatch, diffsac, *resume, "--no-learn-delta") == 2
+    assert run_script(monkeypatch, diffsac, *resume) == 0
+
+
+def test_the_last_checkpoint_is_written_once(monkeypatch, tmp_path):
+    saved, save = [], sac.Run.save
+    monkeypatch.setattr(sac.Run, "save", lambda run: (saved.append(run.step), save(run)))
+    args = sac.Args(env_id="Pendulum-v1", total_timesteps=60, checkpoint_frequency=20, **SIZES)
+    sac.main(args)
+    assert saved == [20, 40, 60]
