@@ -258,6 +258,9 @@ LIMITS = {  # smallest and largest value of a flag, in all scripts
 }
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def fail(message):
     """Print one error line to stderr and exit with code 2."""
     print(f"error: {textwrap.shorten(message, 200, placeholder=' ...')}", file=sys.stderr)
@@ -585,7 +588,8 @@ class Run:
                     returns += active * rewards
                     active &= ~(terminations | truncations)
                     steps += 1
-            self.log({f"eval/episodic_return{name}": returns})
+            self.check({f"eval/episodic_return{name}": returns})
+            self.writer.add_scalar(f"eval/episodic_return{name}", returns.mean(), self.step)
             words += f" episodic_return{name} {returns.mean():.1f} +- {returns.std():.1f}"
         self.say(words)
 
@@ -608,7 +612,7 @@ class Run:
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__
-            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = getattr(cause, "errno", None) in FULL_DISK
             problem = "the disk is full" if full else " ".join(str(error).split())
             sys.exit(f"error: cannot write the checkpoint {path}: {problem}")
         self.save_time = time.time()
@@ -665,6 +669,10 @@ def start():
         if Run.exists or not re.search("memory|overflow|allocate", str(error)):
             raise
         fail(f"networks and buffers of these sizes do not fit into memory: {error}")
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(f"error: the disk is full: {error}")
 
 
 # --------------------------------------------------------------------------------------------------

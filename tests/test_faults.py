@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -231,6 +232,7 @@ def test_runs_folder_that_cannot_be_made(script, obstacle, flags, monkeypatch, t
             return makedirs(path, *arguments, **options)
 
         monkeypatch.setattr(os, "makedirs", refuse)
+        monkeypatch.setattr(Path, "mkdir", refuse)
     assert (
         run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--total-timesteps", 20, *flags)
         == 2

@@ -80,6 +80,8 @@ def flag_values(field):
     """A strategy for the words after a flag: typical, extreme and nonsensical values of the field's type."""
     if bool in kinds(field):
         return st.sampled_from([["True"], ["False"]])
+    if typing.get_origin(field.type) is typing.Literal:
+        return st.sampled_from([[choice] for choice in typing.get_args(field.type)])
     if is_pair(field):
         return st.lists(st.sampled_from([str(x) for x in POOLS[float]]), min_size=2, max_size=2)
     values = [str(x) for kind in kinds(field) for x in POOLS.get(kind, [])]
@@ -203,6 +205,8 @@ def test_every_flag_away_from_its_default(script):
             flags.append(f"--no-{flag[2:]}" if field.default else flag)
         elif is_pair(field):
             flags += [flag, "0.5", "0.5"]
+        elif typing.get_origin(field.type) is typing.Literal:
+            flags += [flag, next(x for x in typing.get_args(field.type) if x != field.default)]
         elif field.name in ("v_min", "target_entropy"):
             flags += [flag, "-3"]
         else:

@@ -268,7 +268,7 @@ def table(
 
 def chain_latents(actor, obs):
     """Latents a^0 ... a^K of any diffusion actor, (K + 1, count)."""
-    if hasattr(actor, "chain"):  # the third edition
+    if not hasattr(actor, "action_scale"):  # the third edition
         return actor.chain(obs).latents[..., 0]
     if hasattr(actor, "normalizer"):
         return actor(actor.normalizer(obs))[..., 0].T.flip(0)
