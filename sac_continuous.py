@@ -256,8 +256,6 @@ LIMITS = {  # smallest and largest value of a flag, in all scripts
     "gamma": (0, 1),
     "tau": (1e-6, 1),
 }
-
-
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -288,12 +286,18 @@ def set_up(args):
     devices = [name for name in devices if getattr(torch, name).is_available()]
     if not devices or (args.cuda_graph and devices[0] != "cuda"):
         fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
-    if args.track and not importlib.util.find_spec("wandb"):
-        fail("--track needs the package wandb")
+    if args.track and not tracking_works():
+        fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
     torch.set_num_threads(args.torch_threads)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     return torch.device(devices[0])
+
+
+def tracking_works():
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    wandb = importlib.util.find_spec("wandb") and importlib.import_module("wandb")
+    return wandb and (not online or wandb.login(prompt=False))
 
 
 class Interface(gym.Wrapper):
@@ -308,11 +312,8 @@ class Interface(gym.Wrapper):
         boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
         if any(len(box.shape or ()) > 1 for box in boxes):
             raise ValueError(f"its observations have more than one axis: {obs_space}")
-        if (
-            not isinstance(space, gym.spaces.Box)
-            or len(space.shape) != 1
-            or space.dtype.kind != "f"
-        ):
+        real = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+        if not real or len(space.shape) != 1:
             raise ValueError(f"its actions are not real numbers along one axis: {space}")
         low, high = space.low.astype(np.float64), space.high.astype(np.float64)
         if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
@@ -334,13 +335,8 @@ class Interface(gym.Wrapper):
         space = self.env.action_space
         action = np.clip(self.centre + self.half_width * action, space.low, space.high)
         obs, reward, terminated, truncated, _ = self.env.step(action.astype(space.dtype))
-        return (
-            self.observation(obs),
-            float(np.squeeze(reward)),
-            bool(terminated),
-            bool(truncated),
-            {},
-        )
+        ended = bool(terminated), bool(truncated)
+        return self.observation(obs), float(np.squeeze(reward)), *ended, {}
 
 
 def make_envs(env_id, num_envs):
