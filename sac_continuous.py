@@ -464,8 +464,9 @@ class Run:
         facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
         rows = [f"|{name}|{value}|" for name, value in facts.items()]
         self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
-        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        numbers = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # of a terminal that closes
+        nohup = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
+        numbers = {signal.SIGINT, signal.SIGTERM, hangup} - nohup
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=None, mininterval=1)
         self.say(f"run folder {self.folder}, step {self.step} of {args.total_timesteps}")

@@ -588,6 +588,24 @@ def test_an_evaluation_heeds_signals(signum, tmp_path):
     assert load(run_dirs(tmp_path)[0])["global_step"] == 20
 
 
+def test_a_closed_terminal_stops_a_run_but_for_nohup(tmp_path):
+    """And a SIGINT stops one that a shell script has put into the background."""
+    flags = ["--env-id", "tests.test_frame:Endless-v0", *SMALL, "--eval-frequency", "0"]
+    command = [sys.executable, str(ROOT / "sac_continuous.py"), *flags]
+
+    def ignore_both():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=ignore_both)
+    assert "run folder" in process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT
+
+
 # what a person sees
 
 
