@@ -586,6 +586,8 @@ def test_an_evaluation_heeds_signals(signum, tmp_path):
     process.send_signal(signum)
     assert process.wait() == 128 + signum
     assert load(run_dirs(tmp_path)[0])["global_step"] == 20
+    with pytest.raises(KeyError):  # it was cut short
+        scalars(run_dirs(tmp_path)[0], "eval/episodic_return")
 
 
 def test_a_closed_terminal_stops_a_run_but_for_nohup(tmp_path):
@@ -783,6 +785,7 @@ def test_a_resumed_run_draws_other_noise_and_other_episodes(script, monkeypatch,
         resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", 100]
         assert run_script(monkeypatch, script, *resume) == 0
         after.append(load(run_dir))
+        assert torch.initial_seed() == 1 + 60
     assert equal(*after)
     rows = after[0]["buffer"]["data"][0]
     assert torch.cdist(rows[60:61], rows[:1]).item() > 1e-3
