@@ -8,12 +8,12 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-Only the actor changes: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
+Only the policy changes: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
-The density of a is unknown. In (1), (3) and (4) a bound takes the place of log pi, from above in
-the mean. A chain without control has density p at every step; control adds its cost:
+The density of a is unknown. In (1), (3) and (4) an upper bound (in the mean) replaces log pi.
+A chain without control has density p at every step; control adds its cost:
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
@@ -320,12 +320,8 @@ def main(args: Args):
 
         move_towards(qf_target, qf, args.tau)
         move_towards(average_actor, actor, args.tau)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
-        metrics |= {
-            "losses/actor_loss": pi_loss,
-            "losses/alpha": alpha,
-            "losses/entropy": -log_prob,
-        }
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         metrics |= {"diffusion/control_energy": 0.5 * chain.controls.square().sum((0, -1))}
         metrics |= {"diffusion/noise_std_1": actor.kernels()[1][0]}
         if args.actor_gradient == "step":

@@ -197,12 +197,8 @@ def main(args: Args):
             descend(alpha_optimizer, alpha_loss)
 
         move_towards(qf_target, qf, args.tau)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
-        metrics |= {
-            "losses/actor_loss": pi_loss,
-            "losses/alpha": alpha,
-            "losses/entropy": -log_prob,
-        }
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         return {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, update, actor.sample)
