@@ -242,6 +242,16 @@ def latent_critic_loss(actor, vf, chain, q, alpha):
     return F.mse_loss(q_part, q) + alpha**2 * F.mse_loss(cost_part, cost)  # DIFF: (7)
 
 
+def latent_value(actor, qf, vf, obs, latent, alpha):
+    """V_(k-1) of latents a^(k-1) (batch, action_dim); row i belongs to step k = 1 + i % K."""
+    place = (torch.arange(len(obs), device=obs.device) % actor.steps)[:, None] / actor.steps
+    q_part, cost_part = vf(torch.cat((obs, latent, place), dim=-1)).unbind(-1)
+    value = q_part - alpha * cost_part
+    action, end_cost = actor.end_cost(latent[:: actor.steps])  # rows of k = 1: Q itself is V_0
+    value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
+    return value
+
+
 def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
     """Equation (8), (9) outside of the trust region, and D (batch,); the rows take turns with k."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
@@ -250,11 +260,7 @@ def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
     latent = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
-    inputs = torch.cat((obs, latent, (k[:, None] - 1) / actor.steps), dim=-1)
-    q_part, cost_part = vf(inputs).unbind(-1)
-    value = q_part - alpha * cost_part
-    action, end_cost = actor.end_cost(latent[:: actor.steps])  # rows of k = 1: Q itself is V_0
-    value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
+    value = latent_value(actor, qf, vf, obs, latent, alpha)
     surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
     kl = 0.5 * actor.steps * (control - average_control).square().sum(-1)
     return torch.where(kl < kl_bound, surrogate, 0.3 * kl).mean(), kl  # DIFF: (9)
@@ -329,7 +335,7 @@ def main(args: Args):
             metrics |= {"diffusion/in_trust_region": (kl < args.kl_bound).float()}
         return {name: value.detach() for name, value in metrics.items()}
 
-    update, act = speed_up(args, update, actor.sample)
+    update, act = speed_up(args, update, act=actor.sample)
 
     # TRY NOT TO MODIFY: start the game
     obs, metrics = run.reset(), {}
@@ -369,15 +375,18 @@ def main(args: Args):
 
 LIMITS = {  # smallest and largest value of a flag, in all scripts
     "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
-    "batch_size hidden_dim diffusion_steps alpha_anneal": (1, math.inf),
+    "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
+    "num_steps num_minibatches update_epochs policy_delay critic_dim": (1, math.inf),
     "eval_frequency checkpoint_frequency learning_starts utd": (0, math.inf),
-    "policy_lr q_lr alpha_lr alpha": (0, math.inf),
+    "policy_lr q_lr alpha_lr learning_rate alpha": (0, math.inf),
+    "kl_weight_mean kl_weight_std clip_coef vf_coef target_kl critic_entropy": (0, math.inf),
     "max_grad_norm kl_bound": (1e-6, math.inf),
-    "target_entropy": (-1e9, 1e9),
+    "target_entropy v_min v_max": (-1e9, 1e9),
     "delta_first delta_last": (0.001, 0.99),
-    "prior_std": (1e-6, 1e6),
+    "prior_std initial_std": (1e-6, 1e6),
     "seed": (0, 2**32 - 1),
-    "gamma": (0, 1),
+    "gamma gae_lambda": (0, 1),
+    "num_atoms": (2, 1e6),
     "tau": (1e-6, 1),
 }
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -399,11 +408,15 @@ def set_up(args):
     if args.alpha == 0 and given.get("autotune"):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
-        fail("--alpha-anneal needs a positive --alpha, fixed with --no-autotune")
+        fail("--alpha-anneal needs a positive --alpha, without --autotune")
     if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")
+    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+        fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if given.get("v_min", -1) >= given.get("v_max", 1):
+        fail("--v-min must be smaller than --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
         fail("--buffer-size must not be smaller than --num-envs")
     devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
@@ -463,7 +476,7 @@ class Interface(gym.Wrapper):
         return self.observation(obs), float(np.squeeze(reward)), *ended, {}
 
 
-def make_envs(env_id, num_envs):
+def make_envs(env_id, num_envs, processes=False):
     """Vector environment of `num_envs` copies of `env_id`, each behind an `Interface`."""
 
     def make_env():
@@ -477,8 +490,11 @@ def make_envs(env_id, num_envs):
     try:
         if env_id.startswith("dm_control/"):
             import shimmy  # noqa: F401  (registers the dm_control environments)
-        same_step = gym.vector.AutoresetMode.SAME_STEP
-        return gym.vector.SyncVectorEnv([make_env] * num_envs, autoreset_mode=same_step)
+        vector = gym.vector.AsyncVectorEnv if processes else gym.vector.SyncVectorEnv
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for us, not for the processes
+        envs = vector([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        signal.signal(signal.SIGINT, interrupt)
+        return envs
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         fail(f"cannot train in {env_id}: {error}")
 
@@ -537,15 +553,15 @@ def move_towards(average, model, tau):
         slow.lerp_(weight, tau)
 
 
-def speed_up(args, update, act):
-    """The gradient step and the policy, compiled or as CUDA graphs if the flags say so."""
+def speed_up(args, *updates, act):
+    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
     if args.compile:
-        update = torch.compile(update)
+        updates = [torch.compile(update) for update in updates]
     if args.cuda_graph:
         from tensordict.nn import CudaGraphModule
 
-        update, act = CudaGraphModule(update), CudaGraphModule(act)
-    return update, act
+        *updates, act = (CudaGraphModule(function) for function in (*updates, act))
+    return *updates, act
 
 
 def load_checkpoint(path):
@@ -570,6 +586,7 @@ class Run:
 
     def __init__(self, args, envs, parts):
         self.args, self.envs, self.parts, self.step = args, envs, parts, 0
+        self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps between two logs
         self.eval_envs = make_envs(args.env_id, args.eval_episodes)
         self.folder = self.open_folder()
         if args.resume:
@@ -630,8 +647,8 @@ class Run:
         return self.step < self.args.total_timesteps and self.stop_signal is None
 
     def due(self, frequency):
-        """Whether this step of the environments reached a multiple of `frequency`."""
-        return frequency > 0 and self.step % frequency < self.args.num_envs
+        """Whether the last steps reached a multiple of `frequency`."""
+        return frequency > 0 and self.step % frequency < self.stride
 
     def updates_due(self):
         """Gradient steps now: --utd for each environment step past --learning-starts."""

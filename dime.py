@@ -1,25 +1,30 @@
-"""DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316). Docs: docs/dime.md
+"""DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316).
 
-Maximum-entropy RL maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]. The policy is a chain of K denoising steps
-from a^K ~ N(0, nu^2 I) to a^0, and b = tanh(a^0), scaled; eta_k = delta c_k / kappa, c_k a cosine, the others learned:
+Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. The policy is a chain of K steps with a
+network f from a^K ~ N(0, nu^2 I) to a = tanh(a^0); eta_k = eta c_k / kappa, c_k a cosine, the
+others learned:
 
-    denoising  q(a^(k-1) | a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f_theta(s, a^k, k), 2 eta_k )                 (1)
-    noising    pi(a^k | a^(k-1))   = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                                        (2)
-    log-ratio  L = log N(a^K; 0, nu^2) + sum_k [ log q - log pi ] - log |db / da^0|,  -E[L] <= H(pi(.|s))            (3)
+    denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )  (1)
+    noise        n(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (2)
+    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log n) - log |da / da^0|            (3)
 
-The losses are SAC's with L for log pi(b|s), through the whole chain, on twin categorical critics over atoms z_i (C51),
-without target networks but with batch renormalisation (CrossQ); L' is that of a fresh b' at s', before scaling:
+L replaces SAC's log pi(a|s), whose value is unknown: in the mean it is an upper bound of it. The
+critics are categorical, Z over atoms z_i (C51), without moving averages, with batch renormalisation
+(CrossQ). For (s, a, r, s') from the replay buffer and fresh a_new at s, a' at s' with L':
 
-    critic       cross-entropy to the twins' mixture on R + gamma (1 - terminated) ( z_i - alpha L' ), less 0.005 H  (4)
-    actor        E[ alpha L - mean_j E[Z_j(s, b)] ]                                                                  (5)
-    temperature  -E[ alpha ( L + target entropy ) ]
+    critic       cross-entropy of both Z(s, a) to the mixture of both Z(s', a') at the values
+                 r + gamma (1 - terminated) (z_i - alpha L'), minus 0.005 times the entropy     (4)
+    actor        E[ alpha L - mean_j E[ Z_j(s, a_new) ] ], through the whole chain              (5)
+    temperature  -E[ alpha (L + target entropy) ]                                               (6)
 
     python dime.py --env-id Humanoid-v4
-    python dime.py --env-id HalfCheetah-v4 --critic-dim 256 --hidden-dim 128 --diffusion-steps 8     (for a laptop CPU)
-    python dime.py --resume runs/<run>/checkpoint.pt
+    python dime.py --critic-dim 256 --hidden-dim 128 --diffusion-steps 8    # sizes for a CPU
+    python dime.py --resume runs/RUN/checkpoint.pt
 """
 
-import argparse
+import contextlib
+import copy
+import errno
 import importlib.metadata
 import importlib.util
 import math
@@ -28,13 +33,13 @@ import random
 import re
 import signal
 import sys
+import textwrap
 import time
 import warnings
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -42,219 +47,77 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    "name of this experiment"
-    seed: int = 1
-    "seed of python, numpy, torch, the environments and their action spaces"
-    env_id: str = "HalfCheetah-v4"
-    "gymnasium id: -v4, -v5, dm_control/dog-run-v0 (needs shimmy[dm-control]) or module:id"
-    total_timesteps: int = 1_000_000
-    "environment steps of the whole run, over all environments"
-    num_envs: int = 1
-    "environments stepped together"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    "auto takes CUDA, then MPS, then the CPU"
-    torch_threads: int = 1
-    "CPU threads of torch; more than one is slower for networks of this size"
-    compile: bool = False
-    "compile the gradient step with torch.compile"
-    cuda_graph: bool = False
-    "capture the gradient step and the policy as CUDA graphs"
-    progress: bool = True
-    "show a progress bar"
-    track: bool = False
-    "also log to Weights & Biases (needs wandb)"
-    wandb_project_name: str = "diffusion-maxent-rl"
-    "the wandb project"
-    wandb_entity: str | None = None
-    "the wandb team"
-    capture_video: bool = False
-    "record the first environment to runs/<run>/videos (needs moviepy)"
-    eval_frequency: int = 10_000
-    "environment steps between two evaluations; 0 evaluates only at the end"
-    eval_episodes: int = 10
-    "episodes of one evaluation, each for the stochastic and for the mean action"
-    checkpoint_frequency: int = 50_000
-    "environment steps between two checkpoints; 0 writes one only at the end"
-    resume: str | None = None
-    "checkpoint to go on from; its arguments apply, flags given beside --resume override them"
+    # run
+    exp_name: str = Path(__file__).stem  # name of the experiment
+    seed: int = 1  # seed of everything random
+    env_id: str = "HalfCheetah-v4"  # gymnasium id, or module:id
+    num_envs: int = 1  # environments stepped together
+    total_timesteps: int = 1_000_000  # steps over all environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live
+    torch_threads: int = 1  # CPU threads; one is fastest here
+    compile: bool = False  # torch.compile the gradient step
+    cuda_graph: bool = False  # replay gradient step and policy (CUDA)
+    track: bool = False  # also log to Weights & Biases
+    eval_frequency: int = 10_000  # steps between evaluations; 0: at the end
+    eval_episodes: int = 10  # episodes per evaluation
+    checkpoint_frequency: int = 50_000  # steps, or 10 minutes; 0: at the end
+    resume: str | None = None  # checkpoint to resume from
 
-    # Algorithm specific arguments
-    buffer_size: int = 1_000_000
-    "transitions kept for replay"
-    gamma: float = 0.99
-    "discount factor"
-    batch_size: int = 256
-    "transitions in one gradient step"
-    learning_starts: int = 5_000
-    "environment steps with uniformly random actions before the first gradient step"
-    utd: float = 2.0
-    "gradient steps per environment step"
-    policy_delay: int = 3
-    "gradient steps of the critics for one of actor and temperature"
-    hidden_dim: int = 256
-    "width of the three hidden layers of the actor"
-    critic_dim: int = 2048
-    "width of the two hidden layers of the critics"
-    num_atoms: int = 101
-    "atoms of the categorical critics"
-    v_min: float | None = None
-    "smallest atom; default: -200 for dm_control, -1600 elsewhere"
-    v_max: float | None = None
-    "largest atom; default: 200 for dm_control, 1600 elsewhere"
-    critic_entropy: float = 0.005
-    "weight of the entropy of the predicted distributions in the critics' loss"
-    policy_lr: float = 3e-4
-    "learning rate of the actor"
-    q_lr: float = 3e-4
-    "learning rate of the critics"
-    alpha: float = 1.0
-    "temperature: the first value, or the fixed one with --no-autotune"
-    autotune: bool = True
-    "steer the temperature so that the policy's entropy meets the target"
-    alpha_anneal: float = 1.0
-    "with --no-autotune: start at this multiple of --alpha and fall to it geometrically in 70 % of the run"
-    alpha_lr: float = 1e-3
-    "learning rate of the temperature"
-    target_entropy: float | None = None
-    "entropy target in nats, in the environment's action units; default: running cost of 4 dim(A), see docs"
+    # algorithm
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    gamma: float = 0.99  # discount factor
+    batch_size: int = 256  # transitions per gradient step
+    learning_starts: int = 5_000  # steps with random actions
+    utd: float = 2.0  # gradient steps per environment step
+    policy_delay: int = 3  # critics' gradient steps for one of the actor
+    critic_dim: int = 2048  # width of the critics' two hidden layers
+    num_atoms: int = 101  # atoms of the critics' distributions
+    v_min: float | None = None  # first atom; -1600, in dm_control -200
+    v_max: float | None = None  # last atom; 1600, in dm_control 200
+    critic_entropy: float = 0.005  # weight of the distributions' entropy (4)
+    policy_lr: float = 3e-4  # learning rate of the actor
+    q_lr: float = 3e-4  # learning rate of the critics
+    alpha: float = 1.0  # first temperature; fixed: --no-autotune
+    autotune: bool = True  # tune alpha towards the target entropy
+    alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
+    alpha_lr: float = 1e-3  # learning rate of the temperature
+    target_entropy: float | None = None  # nats, actions in [-1, 1]; see docs
+    normalize_obs: bool = False  # observations by running mean and std
 
-    # Diffusion policy
-    diffusion_steps: int = 16
-    "denoising steps K from the prior to the action"
-    prior_std: float = 2.5
-    "standard deviation nu of the prior, before squashing"
-
-    def __post_init__(self):
-        at_least_one = "total_timesteps num_envs torch_threads eval_episodes buffer_size batch_size hidden_dim"
-        at_least_one += " policy_delay critic_dim diffusion_steps"
-        not_negative = "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr"
-        not_negative += " critic_entropy"
-        for names, least in ((at_least_one + " alpha_anneal", 1), (not_negative, 0)):
-            for name in names.split():
-                if not least <= getattr(self, name) < math.inf:
-                    raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
-        if self.autotune and self.alpha == 0:
-            raise ValueError("--alpha must be positive, or fixed with --no-autotune")
-        if self.alpha_anneal > 1 and (self.autotune or self.alpha == 0):
-            raise ValueError("--alpha-anneal above 1 needs --no-autotune and a positive --alpha")
-        if not math.isfinite(self.target_entropy or 0):
-            raise ValueError(f"--target-entropy must be finite, not {self.target_entropy}")
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed must be below 2**32, not {self.seed}")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"--gamma must lie in [0, 1], not {self.gamma}")
-        bound = 200.0 if self.env_id.startswith("dm_control/") else 1600.0
-        self.v_min = -bound if self.v_min is None else self.v_min
-        self.v_max = bound if self.v_max is None else self.v_max
-        if not (
-            -math.inf < self.v_min < self.v_max < math.inf and self.num_atoms >= 2 and 0 < self.prior_std < math.inf
-        ):
-            raise ValueError("need finite --v-min < --v-max, --num-atoms of at least 2 and a positive --prior-std")
-        if self.buffer_size < self.num_envs:
-            raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}, not {self.buffer_size}")
+    # diffusion policy
+    diffusion_steps: int = 16  # denoising steps K
+    prior_std: float = 2.5  # standard deviation nu of the prior
+    hidden_dim: int = 256  # width of the actor's three hidden layers
 
 
-def fail(message: str) -> NoReturn:
-    """End the program as a user's mistake deserves: one sentence on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+# ALGO LOGIC: networks and losses
+def lecun_normal(weight, fan_in):
+    """Truncated normal values of variance 1 / fan_in, in place."""
+    std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations takes this factor away
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def make_env(env_id, seed, idx, capture_video, run_name):
-    """Return a thunk that makes environment `idx` of a run: flat Box observations, episode statistics in its info."""
-
-    def thunk():
-        try:
-            if env_id.startswith("dm_control/"):
-                import shimmy  # noqa: F401  (registers the dm_control environments)
-            record = capture_video and idx == 0
-            env = gym.make(env_id, render_mode="rgb_array") if record else gym.make(env_id)
-            if isinstance(env.observation_space, gym.spaces.Dict):
-                env = gym.wrappers.FlattenObservation(env)
-            spaces = {"observation": env.observation_space, "action": env.action_space}
-            for name, space in spaces.items():
-                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                    fail(f"{env_id} has {name} space {space}, but this script needs a Box with one axis")
-            if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-                fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
-            if record:
-                env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
-        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-            fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        env.action_space.seed(seed + idx)
-        return env
-
-    return thunk
-
-
-class Batch(NamedTuple):
-    """Transitions, one a row: obs and next_obs (batch, obs_dim), actions (batch, action_dim), the others (batch,)."""
-
-    obs: torch.Tensor
-    next_obs: torch.Tensor
-    actions: torch.Tensor
-    rewards: torch.Tensor
-    terminations: torch.Tensor  # 1 where the episode ended in a terminal state; a time limit leaves 0 and bootstraps
-
-
-class ReplayBuffer:
-    """Ring buffer of transitions in float32 tensors on `device`, allocated at once but touched only as it fills."""
-
-    def __init__(self, capacity, obs_dim, action_dim, device):
-        shapes = ((obs_dim,), (obs_dim,), (action_dim,), (), ())
-        self.data = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
-        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
-
-    def add(self, *transitions):
-        """Append one transition of each environment: arrays in the order of `Batch`, first axis num_envs."""
-        count = len(transitions[0])
-        rows = (torch.arange(count, device=self.device) + self.position) % self.capacity
-        for data, values in zip(self.data, transitions, strict=True):
-            data[rows] = torch.as_tensor(values, dtype=torch.float32, device=self.device)
-        self.position = (self.position + count) % self.capacity
-        self.size = min(self.size + count, self.capacity)
-
-    def sample(self, batch_size):
-        """Return a `Batch` of rows drawn uniformly with replacement."""
-        rows = torch.randint(self.size, (batch_size,), device=self.device)
-        return Batch(*(data[rows] for data in self.data))
-
-    def state_dict(self):
-        # going through numpy gives each slice a storage of its own, without a copy: torch.save writes whole storages
-        filled = [torch.from_numpy(data[: self.size].cpu().numpy()) for data in self.data]
-        return {"position": self.position, "size": self.size, "data": filled}
-
-    def load_state_dict(self, state):
-        self.size = min(state["size"], self.capacity)
-        self.position = self.size % self.capacity
-        for data, filled in zip(self.data, state["data"], strict=True):  # oldest first; keep the newest that fit
-            data[: self.size] = filled.roll(-state["position"], 0)[state["size"] - self.size :]
-
-
-# ALGO LOGIC: initialize agent here:
 class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) for both critics; plain for the first `warmup` batches."""
+    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275); plain in the first `warmup` batches."""
 
     def __init__(self, features, momentum=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(2, 1, features)), nn.Parameter(torch.zeros(2, 1, features))
+        self.weight = nn.Parameter(torch.ones(2, 1, features))  # twins: all have a leading axis
+        self.bias = nn.Parameter(torch.zeros(2, 1, features))
         self.register_buffer("mean", torch.zeros(2, 1, features))
         self.register_buffer("var", torch.ones(2, 1, features))
         self.register_buffer("batches", torch.tensor(0))
-        self.momentum, self.eps, self.r_max, self.d_max, self.warmup = momentum, eps, r_max, d_max, warmup
+        self.momentum, self.eps, self.warmup = momentum, eps, warmup
+        self.r_max, self.d_max = r_max, d_max
 
     def forward(self, x, train):
-        """Normalise x (2, batch, features) by the running statistics, or the batch's, which then enter the former."""
+        """Normalise x (2, batch, features) by running statistics; `train`: by the batch's."""
         running_std = (self.var + self.eps).sqrt()
         if not train:
             return torch.addcmul(self.bias, x - self.mean, self.weight / running_std)
@@ -264,31 +127,35 @@ class BatchRenorm(nn.Module):
         std = (var + self.eps).sqrt()
         with torch.no_grad():
             warm = self.batches >= self.warmup
-            r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
-            d = torch.where(warm, ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
-            torch._foreach_lerp_([self.mean, self.var], [mean, var], self.momentum)
+            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
+            d = ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max)
+            r, d = torch.where(warm, r, 1.0), torch.where(warm, d, 0.0)
+            self.mean.lerp_(mean, self.momentum)
+            self.var.lerp_(var, self.momentum)
             self.batches += 1
         return torch.addcmul(self.weight * d + self.bias, centred, self.weight * r / std)
 
 
 class SoftQNetwork(nn.Module):
-    """Twin categorical critics as one batched network: every weight has a leading axis of size two."""
+    """Twin categorical critics as one batched network: weights have a leading axis of size 2."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         sizes = (obs_dim + action_dim, args.critic_dim, args.critic_dim, args.num_atoms)
-        self.weights, self.biases, self.norms = nn.ParameterList(), nn.ParameterList(), nn.ModuleList()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.norms = nn.ModuleList(BatchRenorm(fan_in) for fan_in in sizes[:-1])
         for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-            self.norms.append(BatchRenorm(fan_in))
             self.weights.append(lecun_normal(torch.empty(2, fan_in, fan_out), fan_in))
             self.biases.append(torch.zeros(2, 1, fan_out))
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
 
     def forward(self, obs, actions, train=False):
-        """Logits (2, batch, num_atoms); `train` normalises by the batch and updates the running statistics."""
+        """Logits (2, batch, num_atoms); `train` normalises by the batch, and records it."""
         x = torch.cat((obs, actions), dim=-1).expand(2, -1, -1)
-        for i, (weight, bias, norm) in enumerate(zip(self.weights, self.biases, self.norms, strict=True)):
-            x = torch.baddbmm(bias, norm(F.relu(x) if i else x, train), weight)
+        layers = zip(self.norms, self.weights, self.biases, strict=True)
+        for i, (norm, weight, bias) in enumerate(layers):
+            x = F.relu(x) if i > 0 else x
+            x = torch.baddbmm(bias, norm(x, train), weight)
         return x
 
     def value(self, obs, actions):
@@ -296,467 +163,727 @@ class SoftQNetwork(nn.Module):
         return self(obs, actions).softmax(-1) @ self.atoms
 
 
-def lecun_normal(weight, fan_in):
-    """Truncated normal values of variance 1 / fan_in, in place."""
-    std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations takes this factor away
-    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+def squash(latent):
+    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    action = torch.tanh(latent)
+    log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
+    return action, log_slope.sum(-1)
+
+
+def dense(inputs, outputs, fan_in=None, bias=True):
+    """Linear layer with LeCun-normal weights and no bias at first."""
+    layer = nn.Linear(inputs, outputs, bias)
+    lecun_normal(layer.weight.data, fan_in or inputs)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Actor(nn.Module):
-    """Diffusion policy: K denoising steps from N(0, nu^2 I), squashed by tanh into the bounds of the action space.
+    """Diffusion policy (1), squashed by tanh to [-1, 1]."""
 
-    Row k - 1 of a tensor of K rows belongs to step k: step K is the first one taken, step 1 makes the action.
-    """
-
-    def __init__(self, observation_space, action_space, args):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
-        low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
-        self.register_buffer("action_scale", (high - low) / 2)
-        self.register_buffer("action_bias", (high + low) / 2)
-        self.register_buffer("action_low", low, persistent=False)
-        self.register_buffer("action_high", high, persistent=False)
-        self.diffusion_steps, self.prior_std = args.diffusion_steps, args.prior_std
-        self.log_prior = -0.5 * math.log(2 * math.pi * math.e * args.prior_std**2)  # mean of log N(a^K), per dimension
-        index = torch.arange(args.diffusion_steps - 1, -1, -1.0)  # K - k: 0 at the first step
-        cosine = torch.cos(math.pi / 2 * (0.008 + index / args.diffusion_steps) / 1.008)
+        self.steps, self.prior_std = args.diffusion_steps, args.prior_std
+        step = torch.arange(self.steps - 1, -1, -1.0)  # K - k in row k - 1: 0 for the first step
+        cosine = torch.cos(math.pi / 2 * (0.008 + step / self.steps) / 1.008)
         self.register_buffer("schedule", (0.999 * cosine.square() + 0.001)[:, None])
-        self.raw_delta = nn.Parameter(torch.tensor(math.log(math.expm1(0.1))))  # delta, through softplus
+        # through softplus, eta is 0.1 at first and kappa 1
+        self.raw_eta = nn.Parameter(torch.tensor(math.log(math.expm1(0.1))))
         self.raw_kappa = nn.Parameter(torch.full((action_dim,), math.log(math.expm1(1.0))))
-        self.register_buffer("angle", index[:, None] * torch.linspace(0.1, 100, 256))
-        self.gelu = nn.GELU(approximate="tanh")
+
+        self.register_buffer("angle", step[:, None] * torch.linspace(0.1, 100, 256))
         self.phase = nn.Parameter(torch.zeros(256))
-        self.fc_time1, self.fc_time2 = nn.Linear(512, 256), nn.Linear(256, 256)
-        # the first layer on (a^k, obs, time features), cut into three: only the first part is inside the loop over k
-        self.fc_latent = nn.Linear(action_dim, args.hidden_dim, bias=False)
-        self.fc_obs = nn.Linear(obs_dim, args.hidden_dim)
-        self.fc_time = nn.Linear(256, args.hidden_dim, bias=False)
-        self.fc2, self.fc3 = (nn.Linear(args.hidden_dim, args.hidden_dim) for _ in range(2))
+        self.fc_time1, self.fc_time2 = dense(512, 256), dense(256, 256)
+        # one layer on (a^k, s, step), cut into three: only the first is inside the loop over k
+        inputs = action_dim + obs_dim + 256
+        self.fc_latent = dense(action_dim, args.hidden_dim, inputs, bias=False)
+        self.fc_obs = dense(obs_dim, args.hidden_dim, inputs)
+        self.fc_time = dense(256, args.hidden_dim, inputs, bias=False)
+        self.fc2 = dense(args.hidden_dim, args.hidden_dim)
+        self.fc3 = dense(args.hidden_dim, args.hidden_dim)
         self.fc_control = nn.Linear(args.hidden_dim, action_dim)
-        for layer in (self.fc_time1, self.fc_time2, self.fc_latent, self.fc_obs, self.fc_time, self.fc2, self.fc3):
-            first = layer in (self.fc_latent, self.fc_obs, self.fc_time)
-            lecun_normal(layer.weight.data, action_dim + obs_dim + 256 if first else layer.in_features)
-        for layer in (self.fc_time1, self.fc_time2, self.fc_obs, self.fc2, self.fc3, self.fc_control):
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.fc_control.weight)  # f_theta = 0 at first: the policy is the squashed prior
+        nn.init.zeros_(self.fc_control.weight)  # f = 0 at first: the policy is the squashed prior
+        nn.init.zeros_(self.fc_control.bias)
+        self.gelu = nn.GELU(approximate="tanh")
 
     def kernels(self):
-        """eta_k; decay 1 - eta_k / nu^2 and standard deviation sqrt(2 eta_k) of the kernels; all (K, 1, action_dim)."""
-        eta = (F.softplus(self.raw_delta) * self.schedule / F.softplus(self.raw_kappa))[:, None]
+        """eta_k, decay and std of (1) and (2), all (K, action_dim); k in row k - 1.
+
+        A step's share of the variance, delta_k in the other scripts, is 2 eta_k / nu^2.
+        """
+        eta = F.softplus(self.raw_eta) * self.schedule / F.softplus(self.raw_kappa)
         return eta, 1 - eta / self.prior_std**2, (2 * eta).sqrt()
 
-    def forward(self, obs, noise_scale=1.0):
-        """Run a chain for each row of obs (batch, obs_dim): latents a^0 ... a^K, noises, (K + 1, batch, action_dim)."""
-        shape = (self.diffusion_steps + 1, len(obs), len(self.action_scale))
-        noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
-        eta, decay, std = self.kernels()
+    def step_features(self):
+        """Features (K, hidden_dim) of the steps; k in row k - 1."""
         angle = self.angle + self.phase
-        time_features = self.fc_time2(self.gelu(self.fc_time1(torch.cat((angle.sin(), angle.cos()), dim=1))))
-        obs_features, time_features = self.fc_obs(obs), self.fc_time(time_features)
-        latent = self.prior_std * noise[-1]
-        latents = [latent]
-        for k in range(self.diffusion_steps, 0, -1):
-            x = self.gelu(obs_features + time_features[k - 1] + self.fc_latent(latent))
-            control = self.fc_control(self.gelu(self.fc3(self.gelu(self.fc2(x)))))
-            latent = decay[k - 1] * latent + eta[k - 1] * control + std[k - 1] * noise[k - 1]  # DIFF: (1)
-            latents.append(latent)
-        return torch.stack(latents[::-1]), noise
+        x = self.gelu(self.fc_time1(torch.cat((angle.sin(), angle.cos()), dim=1)))
+        return self.fc_time(self.fc_time2(x))
 
-    def squash(self, latent):
-        """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
-        action = torch.tanh(latent) * self.action_scale + self.action_bias
-        action = action.clamp(self.action_low, self.action_high)  # rounding may lead out of them
-        # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
-        log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
-        return action, (log_slope + self.action_scale.log()).sum(-1)
+    def chain(self, obs, noise_scale=1.0):
+        """Latents (K + 1, batch, action_dim), row k is a^k, and noises (K, batch, action_dim)."""
+        shape = (self.steps + 1, len(obs), len(self.raw_kappa))
+        noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
+        noises, prior_noise = noise[:-1], noise[-1]
+        obs_features, step_features = self.fc_obs(obs), self.step_features()
+        latents, (eta, decay, std) = [self.prior_std * prior_noise], self.kernels()
+        for k in range(self.steps, 0, -1):
+            x = self.gelu(obs_features + step_features[k - 1] + self.fc_latent(latents[0]))
+            control = self.fc_control(self.gelu(self.fc3(self.gelu(self.fc2(x)))))
+            mean = decay[k - 1] * latents[0] + eta[k - 1] * control
+            latents.insert(0, mean + std[k - 1] * noises[k - 1])  # DIFF: (1)
+        return torch.stack(latents), noises
 
     def sample(self, obs):
-        """Reparameterised action (batch, action_dim) and its path log-ratio (batch,), in place of a log-probability."""
-        latents, noise = self(obs)
-        _, decay, std = self.kernels()
-        # both kernels of a step have the same standard deviation, so that their normalisers cancel
-        residual = (latents[1:] - decay * latents[:-1]) / std
-        log_ratio = 0.5 * (residual.square() - noise[:-1].square()).sum((0, -1))
-        log_prior = (-0.5 * noise[-1].square() - math.log(self.prior_std) - 0.5 * math.log(2 * math.pi)).sum(-1)
-        action, log_det = self.squash(latents[0])
+        """Reparameterised action (batch, action_dim), and (3) in place of a log-probability."""
+        (latents, noises), (_, decay, std) = self.chain(obs), self.kernels()
+        # both kernels of a step have the same std: their normalisers cancel
+        residual = (latents[1:] - decay[:, None] * latents[:-1]) / std[:, None]
+        log_ratio = 0.5 * (residual.square() - noises.square()).sum((0, -1))
+        prior = -0.5 * (latents[-1] / self.prior_std).square() - 0.5 * math.log(2 * math.pi)
+        log_prior = (prior - math.log(self.prior_std)).sum(-1)
+        action, log_det = squash(latents[0])
         return action, log_prior + log_ratio - log_det  # DIFF: (3)
 
     def mean_action(self, obs):
-        """Action (batch, action_dim) of the chain with all noises zero."""
-        return self.squash(self(obs, noise_scale=0.0)[0][0])[0]
-
-    @torch.no_grad()
-    def diagnostics(self, obs):
-        """Metrics of the chain: entropy bound in nats, running cost per action dimension, noise std of each step."""
-        log_prob = self.sample(obs)[1]
-        cost = (log_prob + self.action_scale.log().sum()) / len(self.action_scale) - self.log_prior
-        metrics = {f"diffusion/noise_std_{k}": std for k, std in enumerate(self.kernels()[2], start=1)}
-        return metrics | {"diffusion/entropy_bound": -log_prob, "diffusion/running_cost_per_dim": cost}
-
-    def get_action(self, obs):
-        """Return (action, log_prob, mean_action) of shapes (batch, action_dim), (batch,), (batch, action_dim)."""
-        return *self.sample(obs), self.mean_action(obs)
+        """Action (batch, action_dim) without noise."""
+        return torch.tanh(self.chain(obs, noise_scale=0.0)[0][0])
 
 
 def project(probs, values, atoms):
-    """Move probabilities at values, both (batch, num_atoms), to the atoms: split between two, outside to the ends."""
+    """Project probs at values (batch, num_atoms) onto the atoms (C51); outside: the end atoms."""
     position = (values.clamp(atoms[0], atoms[-1]) - atoms[0]) / (atoms[1] - atoms[0])
-    lower = position.nan_to_num().floor().clamp(0, len(atoms) - 2)  # not a number stays one in `share`
+    lower = position.nan_to_num().floor().clamp(0, len(atoms) - 2)  # `share` keeps not-a-number
     share = position - lower
     projected = torch.zeros_like(probs).scatter_add_(1, lower.long(), probs * (1 - share))
     return projected.scatter_add_(1, lower.long() + 1, probs * share)
 
 
-def critic_loss(actor, qf, batch, alpha, gamma, entropy_weight):
-    """Cross-entropy to the projected target, summed over the twins; also the values (2, batch) and the clipped mass."""
+def critic_loss(qf, batch, next_actions, next_cost, args):
+    """Equation (4), summed over the twins; Q-values (2, batch); share of the target outside.
+
+    next_cost (batch,) is alpha L'.
+    """
+    # one pass for (s, a) and (s', a'): both halves share the batch's statistics
+    obs, actions = torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions))
+    logits, next_logits = qf(obs, actions, train=True).chunk(2, dim=1)
     with torch.no_grad():
-        next_actions, next_log_prob = actor.sample(batch.next_obs)
-    # one pass for (s, a) and (s', b'): both halves share the batch statistics, so that no target network is needed
-    logits = qf(torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions)), train=True)
-    log_probs = logits[:, : len(batch.obs)].log_softmax(-1)
-    with torch.no_grad():
-        next_probs = logits[:, len(batch.obs) :].softmax(-1).mean(0)
-        next_cost = next_log_prob + actor.action_scale.log().sum()  # the support is meant for actions in [-1, 1]
-        next_values = qf.atoms - alpha * next_cost[:, None]
-        target = batch.rewards[:, None] + gamma * (1 - batch.terminations[:, None]) * next_values
-        target_probs = project(next_probs, target, qf.atoms)
-        clipped = (next_probs * ((target < qf.atoms[0]) | (target > qf.atoms[-1]))).sum(-1).mean()
+        next_probs = next_logits.softmax(-1).mean(0)
+        discounts = args.gamma * (1 - batch.terminations[:, None])
+        values = batch.rewards[:, None] + discounts * (qf.atoms - next_cost[:, None])
+        target_probs = project(next_probs, values, qf.atoms)
+        outside = (values < qf.atoms[0]) | (values > qf.atoms[-1])
+        clipped = (next_probs * outside).sum(-1)
+    log_probs = logits.log_softmax(-1)
     probs = log_probs.exp()
-    loss = -((target_probs - entropy_weight * probs) * log_probs).sum(-1).mean(1).sum()  # DIFF: (4)
-    return loss, (probs @ qf.atoms).detach(), clipped
+    loss = -((target_probs - args.critic_entropy * probs) * log_probs).sum(-1)  # DIFF: (4)
+    return loss.mean(1).sum(), probs @ qf.atoms, clipped
 
 
-def policy_loss(actor, qf, obs, alpha):
-    """alpha times the reverse KL of the chain, with the mean of the twin critics, up to a constant; and L (batch,)."""
+def actor_loss(actor, qf, obs, alpha):
+    """Equation (5), and L (batch,)."""
     actions, log_prob = actor.sample(obs)
-    return (alpha * log_prob - qf.value(obs, actions).mean(0)).mean(), log_prob  # DIFF: (5)
+    q = qf.value(obs, actions).mean(0)  # DIFF: (5)
+    return (alpha * log_prob - q).mean(), log_prob
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises the temperature while the mean of -log_prob is below the target entropy."""
+    """Equation (6): its gradient raises alpha while the entropy is below the target."""
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
-class RandomState:
-    """The states of torch's generators, of the CPU and of `device`, as a part of a checkpoint."""
-
-    def __init__(self, device):
-        self.modules = {"cpu": torch}
-        if device.type != "cpu":
-            self.modules[device.type] = getattr(torch, device.type)
-
-    def state_dict(self):
-        return {name: module.get_rng_state() for name, module in self.modules.items()}
-
-    def load_state_dict(self, state):
-        for name in self.modules.keys() & state.keys():  # a run may go on on another device
-            self.modules[name].set_rng_state(state[name])
-
-
-@torch.no_grad()
-def evaluate(actor, envs, seed, device):
-    """Run one episode of each of these environments with the stochastic and one with the mean action.
-
-    Returns {metric name: undiscounted returns (num_envs,)}. Leaves the random state of the training run alone.
-    """
-    state = RandomState(device).state_dict()
-    torch.manual_seed(seed)
-    seeds = np.random.SeedSequence((seed, 1)).generate_state(envs.num_envs).tolist()  # other ones than for training
-    returns = {}
-    policies = {"episodic_return": lambda obs: actor.sample(obs)[0], "episodic_return_mean_action": actor.mean_action}
-    for name, policy in policies.items():
-        obs, _ = envs.reset(seed=seeds)
-        returns[name], active = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
-        while active.any():
-            actions = policy(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
-            obs, rewards, terminations, truncations, _ = envs.step(actions)
-            returns[name] += active * rewards
-            active &= ~(terminations | truncations)
-    RandomState(device).load_state_dict(state)
-    return returns
-
-
-def save_checkpoint(path, args, parts, **values):
-    """Write `values`, the arguments and the state of all `parts` to `path`.
-
-    A temporary file is written, flushed to the disk and renamed: `path` holds the old checkpoint or the new one, whole.
-    """
-    checkpoint = {"script": Path(__file__).stem, "args": asdict(args), **values}
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint | {name: part.state_dict() for name, part in parts.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all; an older checkpoint is left alone
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"error: cannot write the checkpoint {path} ({' '.join(str(error).split())})")
-
-
-def load_checkpoint(path):
-    """Read a checkpoint of this script: a dict with its tensors on the CPU and "args" as `Args`. Unpickles no code."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if checkpoint["script"] == Path(__file__).stem:
-            return checkpoint | {"args": Args(**checkpoint["args"])}
-        problem = f"was written by {checkpoint['script']}.py"
-    except Exception as error:  # whatever is wrong with the file, the user needs its name and one sentence
-        problem = f"cannot be read ({type(error).__name__})"
-    fail(f"the checkpoint {path} {problem}")
-
-
-def restore_checkpoint(checkpoint, parts):
-    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep learning rate and mode."""
-    try:
-        for name, part in parts.items():
-            groups = getattr(part, "param_groups", [])
-            kept = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
-            part.load_state_dict(checkpoint[name])
-            for group, settings in zip(getattr(part, "param_groups", []), kept, strict=True):
-                group.update(settings)
-    except (KeyError, RuntimeError, ValueError) as error:
-        fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
-
-
-def make_run_dir(args):
-    """Make the folder runs/{env_id}__{exp_name}__{seed}__{time} and return its path."""
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    try:
-        os.makedirs(f"runs/{run_name}")
-    except FileExistsError:  # two runs in one second
-        time.sleep(1)
-        return make_run_dir(args)
-    except OSError as error:
-        fail(f"cannot make the folder runs/{run_name}: {error.strerror}")
-    return Path("runs", run_name)
-
-
-def check_finite(values, global_step, run_dir):
-    """Stop the run, exit code 1, if any of these arrays or tensors is not finite; the last checkpoint is left alone."""
-    for name, value in values.items():
-        if not torch.as_tensor(value).isfinite().all():
-            sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
-
-
-class CudaGraph:
-    """Runs `function` as it is for some calls, then captures it as a CUDA graph, which later calls replay.
-
-    Every combination of tensor shapes and other arguments has its graph. The next replay overwrites the results.
-    """
-
-    def __init__(self, function, warmup=3):
-        self.function, self.warmup, self.calls, self.graphs = function, warmup, Counter(), {}
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, *inputs):
-        leaves = pytree.tree_leaves(inputs)
-        key = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
-        self.calls[key] += 1
-        if self.calls[key] <= self.warmup:  # what is allocated lazily must be there before the capture
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                results = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
-        if key not in self.graphs:
-            static = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = self.function(*static)
-            self.graphs[key] = graph, pytree.tree_leaves(static), results
-        graph, static, results = self.graphs[key]
-        for old, new in zip(static, leaves, strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
-        graph.replay()
-        return results
-
-
 def main(args: Args):
-    torch.set_num_threads(args.torch_threads)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not getattr(torch, device).is_available():
-        fail(f"--device {device} is not available on this machine")
-    device = torch.device(device)
-    if args.cuda_graph and device.type != "cuda":
-        fail(f"--cuda-graph needs --device cuda, not {device}")
-    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and not importlib.util.find_spec(package):
-            fail(f"--{flag.replace('_', '-')} needs the package {package}")
-    make_env(args.env_id, args.seed, 0, False, "")().close()  # refuses what does not fit before a folder is made
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint and checkpoint["args"].env_id != args.env_id:
-        fail(f"the checkpoint {args.resume} is of {checkpoint['args'].env_id}, not of {args.env_id}")
-    global_step = checkpoint["global_step"] if checkpoint else 0
-    run_dir = Path(args.resume).resolve().parent if checkpoint else make_run_dir(args)
-
-    # TRY NOT TO MODIFY: seeding
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-
-    # env setup
-    env_seed = args.seed + global_step  # a resumed run starts new episodes
-    thunks = [make_env(args.env_id, env_seed, i, args.capture_video, run_dir.name) for i in range(args.num_envs)]
-    envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
-    thunks = [make_env(args.env_id, args.seed, i, False, "") for i in range(args.eval_episodes)]
-    eval_envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
+    bound = 200.0 if args.env_id.startswith("dm_control/") else 1600.0
+    args.v_min = -bound if args.v_min is None else args.v_min
+    args.v_max = bound if args.v_max is None else args.v_max
+    device = set_up(args)
+    envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-
-    actor = Actor(envs.single_observation_space, envs.single_action_space, args).to(device)
-    qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
-    temperature = nn.ParameterDict({"log_alpha": torch.tensor(float(args.alpha)).log()}).to(device)
+    prior_entropy = 0.5 * action_dim * math.log(2 * math.pi * math.e * args.prior_std**2)
     target_entropy = args.target_entropy
-    if target_entropy is None:  # the running cost, L without the prior, is to be 4 per dimension of actions in [-1, 1]
-        target_entropy = (actor.action_scale.log() - 4 - actor.log_prior).sum().item()
+    if target_entropy is None:  # all of L but the prior is to be 4 for each dimension
+        target_entropy = prior_entropy - 4 * action_dim
+
+    actor = Actor(obs_dim, action_dim, args).to(device)
+    qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
+    temperature = nn.ParameterDict({"log_alpha": torch.tensor(args.alpha).log()}).to(device)
+    obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr, betas=(0.5, 0.999))
     q_optimizer = adam(qf.parameters(), lr=args.q_lr, betas=(0.5, 0.999))
     alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    parts = {"actor": actor, "qf": qf, "temperature": temperature, "buffer": buffer}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
-    parts |= {"random_state": RandomState(device)}
-    if checkpoint:
-        restore_checkpoint(checkpoint, parts)
-        if (qf.atoms[0], qf.atoms[-1]) != (args.v_min, args.v_max):
-            fail(f"the checkpoint's critics have the support [{qf.atoms[0]:g}, {qf.atoms[-1]:g}]: it cannot be changed")
-    last_log_alpha = math.log(args.alpha) if args.alpha else -math.inf
+    parts = dict(actor=actor, qf=qf, temperature=temperature, obs_rms=obs_rms)
+    parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
+    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
+    run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
+    support = qf.atoms[0].item(), qf.atoms[-1].item()
+    if support != (args.v_min, args.v_max):
+        fail(f"the checkpoint's critics have the support {support}: it cannot be changed")
 
-    def update(batch, update_policy):
-        """One gradient step of the critics and, if asked, of actor and temperature; returns tensors for the log."""
+    def update(batch):
+        """One gradient step of the critics; returns metrics."""
+        batch = batch._replace(obs=obs_rms(batch.obs), next_obs=obs_rms(batch.next_obs))
         alpha = temperature.log_alpha.detach().exp()
-        qf_loss, qf_values, clipped = critic_loss(actor, qf, batch, alpha, args.gamma, args.critic_entropy)
-        q_optimizer.zero_grad()
-        qf_loss.backward()
-        q_optimizer.step()
-        metrics = {"losses/qf_loss": qf_loss.detach(), "losses/qf_values": qf_values, "losses/clipped_targets": clipped}
-        if not update_policy:
-            return metrics
+        with torch.no_grad():
+            next_actions, next_log_prob = actor.sample(batch.next_obs)
+        loss, q, clipped = critic_loss(qf, batch, next_actions, alpha * next_log_prob, args)
+        descend(q_optimizer, loss)
+        metrics = {"losses/critic_loss": loss, "losses/qf_values": q}
+        metrics |= {"losses/clipped_targets": clipped}
+        return {name: value.detach() for name, value in metrics.items()}
 
-        actor_loss, log_prob = policy_loss(actor, qf, batch.obs, alpha)
+    def update_actor(batch):
+        """One gradient step of the actor and the temperature; returns metrics."""
+        alpha = temperature.log_alpha.detach().exp()
+        pi_loss, log_prob = actor_loss(actor, qf, obs_rms(batch.obs), alpha)
         actor_optimizer.zero_grad()
-        actor_loss.backward(inputs=list(actor.parameters()))  # spares the gradient of the critics' weights
+        pi_loss.backward(inputs=list(actor.parameters()))
         nn.utils.clip_grad_value_(actor.parameters(), 1.0)
         actor_optimizer.step()
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
-            alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            alpha_optimizer.step()
+            descend(alpha_optimizer, alpha_loss)
+        metrics = {"losses/actor_loss": pi_loss, "losses/alpha": alpha, "losses/entropy": -log_prob}
+        metrics |= {"diffusion/running_cost_per_dim": (log_prob + prior_entropy) / action_dim}
+        metrics |= {"diffusion/noise_std_1": actor.kernels()[2][0]}
+        return {name: value.detach() for name, value in metrics.items()}
 
-        losses = {"actor_loss": actor_loss, "alpha": alpha, "entropy": -log_prob}
-        return metrics | {f"losses/{name}": value.detach() for name, value in losses.items()}
-
-    act = actor.sample
-    if args.compile:
-        update = torch.compile(update)
-    if args.cuda_graph:
-        update, act = CudaGraph(update), CudaGraph(act)
-
-    def checkpoint_now():
-        parameters = dict(nn.ModuleDict({"actor": actor, "critic": qf}).named_parameters())
-        check_finite(metrics | parameters, global_step, run_dir)
-        writer.flush()  # a checkpoint is never ahead of the curves
-        save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step, updates_due=updates_due)
-
-    def due(frequency):
-        return frequency > 0 and global_step % frequency < args.num_envs
-
-    if args.track:
-        import wandb
-
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name, "resume": "allow"}
-        wandb.init(
-            name=run_dir.name, config=asdict(args), sync_tensorboard=True, monitor_gym=True, save_code=True, **where
-        )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
-    packages = [name for name in ("torch", "gymnasium", "mujoco", "numpy") if importlib.util.find_spec(name)]
-    facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
-    facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in facts.items()))
-    stop = []
-
-    def on_signal(number, _):
-        stop.append(number)  # leave after the current step, with a checkpoint
-        signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    update, update_actor, act = speed_up(args, update, update_actor, act=actor.sample)
+    updates = int(qf.norms[0].batches)  # the norms count them, in a resumed run too
 
     # TRY NOT TO MODIFY: start the game
-    obs, _ = envs.reset(seed=env_seed)
-    metrics, updates_due = {}, checkpoint["updates_due"] if checkpoint else 0.0
-    start_step, start_time, gradient_step = global_step, time.time(), int(qf.norms[0].batches)  # norms count them
-    progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
-    while global_step < args.total_timesteps and not stop:
-        # ALGO LOGIC: put action logic here
-        if global_step < args.learning_starts:
+    obs, metrics = run.reset(), {}
+    while run.goes_on():
+        # ALGO LOGIC: act
+        if run.step < args.learning_starts:
             actions = envs.action_space.sample()
         else:
             with torch.no_grad():
-                actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device))[0].cpu().numpy()
+                actions = act(obs_rms(to_tensor(obs, device)))[0].cpu().numpy()
 
-        # ALGO LOGIC: training; on a GPU it goes on while the environments step
-        if global_step >= args.learning_starts and buffer.size:
-            if not args.autotune:
-                progress_left = max(0.0, 1 - global_step / (0.7 * args.total_timesteps))
-                temperature.log_alpha.data.fill_(last_log_alpha + progress_left * math.log(args.alpha_anneal))
-            updates_due += args.utd * args.num_envs
-            while updates_due >= 1:
-                batch = buffer.sample(args.batch_size)
-                gradient_step += 1
-                metrics |= update(batch, gradient_step % args.policy_delay == 0)
-                updates_due -= 1
-
-        # TRY NOT TO MODIFY: execute the game and log data
+        # TRY NOT TO MODIFY: step the environments and store the transitions
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        global_step += args.num_envs
-        progress.update(args.num_envs)
-        real_next_obs = next_obs.copy()
-        for i in np.flatnonzero(terminations | truncations):  # next_obs[i] already belongs to the next episode
-            real_next_obs[i] = infos["final_obs"][i]
-            episode = infos["final_info"]["episode"]
-            writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
-            writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
-            progress.set_postfix_str(f"episodic_return {episode['r'][i]:.1f}", refresh=False)
-        if not (np.isfinite(real_next_obs).all() and np.isfinite(rewards).all()):
-            check_finite(metrics | {"an observation": real_next_obs, "a reward": rewards}, global_step, run_dir)
-        buffer.add(obs, real_next_obs, actions, rewards, terminations)
-
-        # CRUCIAL step easy to overlook
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]  # next_obs[i] starts the next episode
+        run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
+        buffer.add(obs, last_obs, actions, rewards, terminations)
+        obs_rms.update(to_tensor(obs, device))
         obs = next_obs
 
-        if due(100) and metrics:
-            check_finite(metrics, global_step, run_dir)
-            for name, value in (metrics | actor.diagnostics(batch.obs)).items():
-                writer.add_scalar(name, value.mean().item(), global_step)
-            if metrics["losses/clipped_targets"] > 0.01:  # shown once
-                warnings.warn("over 1 % of the targets lie outside [--v-min, --v-max]: widen it", stacklevel=1)
-            writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
-        if due(args.eval_frequency) or global_step >= args.total_timesteps:
-            for name, returns in evaluate(actor, eval_envs, args.seed, device).items():
-                writer.add_scalar(f"eval/{name}", returns.mean(), global_step)
-                progress.write(f"step {global_step}: {name} {returns.mean():.1f} +- {returns.std():.1f}")
-        if due(args.checkpoint_frequency):
-            checkpoint_now()
+        # ALGO LOGIC: learn
+        if not args.autotune:
+            temperature.log_alpha.data.fill_(run.fixed_log_alpha())
+        for _ in range(run.updates_due()):
+            batch, updates = buffer.sample(args.batch_size), updates + 1
+            metrics |= update(batch)
+            if updates % args.policy_delay == 0:
+                metrics |= update_actor(batch)
+        if metrics and run.due(100):
+            run.log(metrics)
+            if metrics["losses/clipped_targets"].mean() > 0.01:  # shown once
+                text = "over 1 % of the targets lie outside [--v-min, --v-max]: widen it"
+                warnings.warn(text, stacklevel=1)
+        if run.due(args.eval_frequency) or run.step >= args.total_timesteps:
+            run.evaluate(actor, obs_rms)
+        run.save_when_due()
+    run.close()
 
-    checkpoint_now()
-    progress.close()
-    envs.close()
-    eval_envs.close()
-    writer.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if stop and global_step < args.total_timesteps:
-        sys.exit(128 + stop[0])
+
+# --------------------------------------------------------------------------------------------------
+# Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
+
+LIMITS = {  # smallest and largest value of a flag, in all scripts
+    "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
+    "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
+    "num_steps num_minibatches update_epochs policy_delay critic_dim": (1, math.inf),
+    "eval_frequency checkpoint_frequency learning_starts utd": (0, math.inf),
+    "policy_lr q_lr alpha_lr learning_rate alpha": (0, math.inf),
+    "kl_weight_mean kl_weight_std clip_coef vf_coef target_kl critic_entropy": (0, math.inf),
+    "max_grad_norm kl_bound": (1e-6, math.inf),
+    "target_entropy v_min v_max": (-1e9, 1e9),
+    "delta_first delta_last": (0.001, 0.99),
+    "prior_std initial_std": (1e-6, 1e6),
+    "seed": (0, 2**32 - 1),
+    "gamma gae_lambda": (0, 1),
+    "num_atoms": (2, 1e6),
+    "tau": (1e-6, 1),
+}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def fail(message):
+    """Print one error line to stderr and exit with code 2."""
+    print(f"error: {textwrap.shorten(message, 200, placeholder=' ...')}", file=sys.stderr)
+    sys.exit(2)
+
+
+def set_up(args):
+    """Refuse flags that cannot work, seed everything random, and return the torch.device."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for names, (low, high) in LIMITS.items():
+        for name in given.keys() & names.split():
+            if not low <= given[name] <= high or given[name] == math.inf:
+                fail(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {given[name]}")
+    if args.alpha == 0 and given.get("autotune"):
+        fail("--alpha must be positive, or fixed with --no-autotune")
+    if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
+        fail("--alpha-anneal needs a positive --alpha, without --autotune")
+    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+        fail("--diffusion-steps must not be larger than --batch-size")
+    if given.get("delta_last", 0) > given.get("delta_first", 1):
+        fail("--delta-last must not be larger than --delta-first")
+    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+        fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if given.get("v_min", -1) >= given.get("v_max", 1):
+        fail("--v-min must be smaller than --v-max")
+    if given.get("buffer_size", args.num_envs) < args.num_envs:
+        fail("--buffer-size must not be smaller than --num-envs")
+    devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
+    devices = [name for name in devices if getattr(torch, name).is_available()]
+    if not devices or (args.cuda_graph and devices[0] != "cuda"):
+        fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.track and not tracking_works():
+        fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    torch.set_num_threads(args.torch_threads)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    return torch.device(devices[0])
+
+
+def tracking_works():
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    wandb = importlib.util.find_spec("wandb") and importlib.import_module("wandb")
+    return wandb and (not online or wandb.login(prompt=False))
+
+
+class Interface(gym.Wrapper):
+    """Any environment as a script sees it: flat float32 observations, actions in [-1, 1], no infos.
+
+    Raises ValueError for spaces that the scripts cannot train with.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        obs_space, space = env.observation_space, env.action_space
+        boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
+        if any(len(box.shape or ()) > 1 for box in boxes):
+            raise ValueError(f"its observations have more than one axis: {obs_space}")
+        real = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+        if not real or len(space.shape) != 1:
+            raise ValueError(f"its actions are not real numbers along one axis: {space}")
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
+            raise ValueError(f"the bounds of its actions meet, or are 1e9 and more: {space}")
+        self.centre, self.half_width = (high + low) / 2, (high - low) / 2
+        self.bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
+        size = gym.spaces.flatdim(obs_space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, space.shape, np.float32)
+
+    def observation(self, obs):  # a copy: an environment may write all of them into one array
+        with np.errstate(over="ignore"):  # `Run.check` stops at what is then infinite
+            return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
+
+    def reset(self, **options):
+        return self.observation(self.env.reset(**options)[0]), {}
+
+    def step(self, action):
+        space = self.env.action_space
+        action = np.clip(self.centre + self.half_width * action, space.low, space.high)
+        obs, reward, terminated, truncated, _ = self.env.step(action.astype(space.dtype))
+        ended = bool(terminated), bool(truncated)
+        return self.observation(obs), float(np.squeeze(reward)), *ended, {}
+
+
+def make_envs(env_id, num_envs, processes=False):
+    """Vector environment of `num_envs` copies of `env_id`, each behind an `Interface`."""
+
+    def make_env():
+        return gym.wrappers.RecordEpisodeStatistics(Interface(gym.make(env_id)))
+
+    sys.path.append(os.getcwd())  # where module:id may lie
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is the papers' choice
+    if importlib.util.find_spec("mujoco"):  # as are its model files with their deprecated words
+        quiet = lambda text: "deprecated" in text or print(text, file=sys.stderr)  # noqa: E731
+        importlib.import_module("mujoco").set_mju_user_warning(quiet)
+    try:
+        if env_id.startswith("dm_control/"):
+            import shimmy  # noqa: F401  (registers the dm_control environments)
+        vector = gym.vector.AsyncVectorEnv if processes else gym.vector.SyncVectorEnv
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for us, not for the processes
+        envs = vector([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        signal.signal(signal.SIGINT, interrupt)
+        return envs
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        fail(f"cannot train in {env_id}: {error}")
+
+
+def env_seeds(seed, count, purpose):
+    """Seeds of environments; other seeds and purposes (0: evaluation) share none of them."""
+    entropies = [np.random.SeedSequence((seed, i, purpose)) for i in range(count)]
+    return [int(entropy.generate_state(1)[0]) for entropy in entropies]
+
+
+def to_tensor(array, device):
+    return torch.as_tensor(array, dtype=torch.float32, device=device)
+
+
+class RunningMeanStd(nn.Module):
+    """Normalises by mean and variance of all rows that `update` has seen, unless disabled."""
+
+    EPSILON, CLIP = 1e-2, 10.0  # a dimension that hardly moves is not blown up
+
+    def __init__(self, dim, enabled=True):
+        super().__init__()
+        self.enabled = enabled
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, rows):
+        """Update the statistics with rows (count, dim)."""
+        if self.enabled:
+            self.count += len(rows)
+            weight, shift = len(rows) / self.count, rows.mean(0) - self.mean
+            self.var += weight * (rows.var(0, correction=0) - self.var)
+            self.var += weight * (1 - weight) * shift.square()
+            self.mean += weight * shift
+
+    def forward(self, x):
+        if not self.enabled:
+            return x
+        return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
+
+
+def descend(optimizer, loss, max_grad_norm=math.inf):
+    """One step of an optimiser; no other weights than its own get a gradient."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)
+    if max_grad_norm < math.inf:
+        nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_towards(average, model, tau):
+    """Exponential moving average of the weights of `model`."""
+    for slow, weight in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(weight, tau)
+
+
+def speed_up(args, *updates, act):
+    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
+    if args.compile:
+        updates = [torch.compile(update) for update in updates]
+    if args.cuda_graph:
+        from tensordict.nn import CudaGraphModule
+
+        *updates, act = (CudaGraphModule(function) for function in (*updates, act))
+    return *updates, act
+
+
+def load_checkpoint(path):
+    """Checkpoint of this script, tensors on the CPU, "args" as `Args`. Executes nothing of it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint["script"] == Path(__file__).stem:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
+        problem = f"was written by {checkpoint['script']}.py"
+    except Exception as error:  # whatever is wrong with the file
+        problem = f"cannot be read ({type(error).__name__})"
+    fail(f"the checkpoint {path} {problem}")
+
+
+class Run:
+    """The folder of a run: its log, progress, evaluations, signals and checkpoints.
+
+    `parts` are what a checkpoint holds, by name: networks, optimisers, normaliser, replay buffer.
+    """
+
+    exists = False  # until then a run can be refused without a trace
+
+    def __init__(self, args, envs, parts):
+        self.args, self.envs, self.parts, self.step = args, envs, parts, 0
+        self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps between two logs
+        self.eval_envs = make_envs(args.env_id, args.eval_episodes)
+        self.folder = self.open_folder()
+        if args.resume:
+            self.restore(load_checkpoint(args.resume))
+        Run.exists, self.stop_signal, self.last_return = True, None, math.nan
+        self.first_step, self.start_time, self.save_time = self.step, time.time(), time.time()
+        self.line_time = time.time() + 10
+        if args.track:
+            import wandb
+
+            name = {key: self.folder.resolve().name for key in ("name", "id")}
+            wandb.init(**name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy"))
+        facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
+        facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
+        rows = [f"|{name}|{value}|" for name, value in facts.items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # of a terminal that closes
+        nohup = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
+        numbers = {signal.SIGINT, signal.SIGTERM, hangup} - nohup
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=None, mininterval=1)
+        self.say(f"run folder {self.folder}, step {self.step} of {args.total_timesteps}")
+
+    def open_folder(self):
+        """Make the folder of this run, or take that of the one to resume, and lock it."""
+        args = self.args
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+        folder = Path("runs", re.sub(r"[^\w.-]", "-", name))
+        if args.resume:
+            folder = Path(os.path.relpath(Path(args.resume).resolve().parent))
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            self.lock = open(folder / "lock", "w")
+            with contextlib.suppress(ImportError):  # Windows
+                import fcntl
+
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError:
+            fail(f"another process is training in {folder}")
+        except OSError as error:
+            fail(f"cannot make the folder {folder}: {error.strerror}")
+        return folder
+
+    def on_signal(self, number, _):
+        self.stop_signal = number  # stop after the current step, with a checkpoint
+        signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
+
+    def reset(self):
+        """First observations (num_envs, obs_dim); a resumed run begins new episodes."""
+        self.envs.action_space.seed(self.args.seed + self.step)
+        obs, _ = self.envs.reset(seed=env_seeds(self.args.seed, self.args.num_envs, 1 + self.step))
+        self.check({"an observation": obs})
+        return obs
+
+    def goes_on(self):
+        return self.step < self.args.total_timesteps and self.stop_signal is None
+
+    def due(self, frequency):
+        """Whether the last steps reached a multiple of `frequency`."""
+        return frequency > 0 and self.step % frequency < self.stride
+
+    def updates_due(self):
+        """Gradient steps now: --utd for each environment step past --learning-starts."""
+        learned = max(0, self.step - self.args.num_envs - self.args.learning_starts)
+        due = max(0, self.step - self.args.learning_starts)
+        return math.floor(self.args.utd * due) - math.floor(self.args.utd * learned)
+
+    def fixed_log_alpha(self):
+        """With --no-autotune; the factor --alpha-anneal is gone after 70 % of the run."""
+        left = max(0.0, 1 - self.step / (0.7 * self.args.total_timesteps))
+        alpha = self.args.alpha * self.args.alpha_anneal**left
+        return math.log(alpha) if alpha else -1e9
+
+    def check(self, values):
+        """Stop the run, exit code 1, if an array or tensor overflows float32 when squared."""
+        for name, value in values.items():
+            if not (abs(value) < 1e18).all():
+                where = f"the last checkpoint, if any, is in {self.folder}"
+                sys.exit(f"error: {name} is not finite at step {self.step} (or over 1e18); {where}")
+
+    def count(self, infos, observations, rewards):
+        """Count a step of all environments, check what it brought, log the episodes that ended."""
+        self.step += self.args.num_envs
+        self.check({"an observation": np.stack(observations), "a reward": rewards})
+        for i in np.flatnonzero(infos.get("_final_info", ())):
+            episode = infos["final_info"]["episode"]
+            self.last_return = episode["r"][i]
+            self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
+            self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
+            self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
+        if self.bar.disable and time.time() > self.line_time:  # no terminal
+            self.line_time, todo = time.time() + 60, self.args.total_timesteps - self.step
+            left = tqdm.format_interval(todo / self.speed())
+            line = f"step {self.step}: return {self.last_return:.1f}"
+            self.say(f"{line}, {self.speed():.0f} steps/s, {left} left")
+        self.bar.update(self.args.num_envs)
+
+    def speed(self):
+        return (self.step - self.first_step) / (time.time() - self.start_time)
+
+    def say(self, line):
+        try:
+            self.bar.write(line)
+            sys.stdout.flush()
+        except OSError:  # a pipe or terminal that has gone costs the line, not the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def log(self, metrics):
+        """Write the means of tensors or arrays; stop the run if one is not finite."""
+        for name, value in metrics.items():
+            self.check({name: value})
+            self.writer.add_scalar(name, value.mean().item(), self.step)
+        self.writer.add_scalar("charts/SPS", self.speed(), self.step)
+
+    @torch.no_grad()
+    def evaluate(self, actor, obs_rms):
+        """Log the returns of --eval-episodes episodes of the policy, with and without its noise.
+
+        Environments, seeds and random numbers are not those of the training. An episode ends after
+        10,000 steps at the latest; a signal ends the evaluation.
+        """
+        self.say(f"step {self.step}: evaluating") if self.bar.disable else None
+        envs, device, words = self.eval_envs, obs_rms.mean.device, f"step {self.step}:"
+        policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
+        for name, policy in policies.items():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self.args.seed)
+                obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs, 0))
+                returns, active, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), 0
+                while active.any() and steps < 10_000:
+                    if self.stop_signal:
+                        return
+                    actions = policy(obs_rms(to_tensor(obs, device))).cpu().numpy()
+                    obs, rewards, terminations, truncations, _ = envs.step(actions)
+                    returns += active * rewards
+                    active &= ~(terminations | truncations)
+                    steps += 1
+            self.check({f"eval/episodic_return{name}": returns})
+            self.writer.add_scalar(f"eval/episodic_return{name}", returns.mean(), self.step)
+            words += f" episodic_return{name} {returns.mean():.1f} +- {returns.std():.1f}"
+        self.say(words)
+
+    def save(self):
+        """Write a checkpoint beside the old one, then replace it: one of them is always whole."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                self.check({f"{name}.{key}": value for key, value in state[name].items()})
+        state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
+        state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
+        path, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
+        try:
+            self.writer.flush()  # a checkpoint is never ahead of the curves
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__
+            full = getattr(cause, "errno", None) in FULL_DISK
+            problem = "the disk is full" if full else " ".join(str(error).split())
+            sys.exit(f"error: cannot write the checkpoint {path}: {problem}")
+        self.save_time = time.time()
+
+    def save_when_due(self):
+        """At multiples of --checkpoint-frequency, and ten minutes after the last time."""
+        frequency = self.args.checkpoint_frequency
+        late = frequency and time.time() > self.save_time + 600
+        if self.goes_on() and (late or self.due(frequency)):  # else `close` does
+            self.save()
+
+    def restore(self, checkpoint):
+        """Load all parts; optimisers keep the learning rates of the flags."""
+        if checkpoint["args"].env_id != self.args.env_id:
+            fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        self.step = checkpoint["global_step"]
+        torch.manual_seed(self.args.seed + self.step)
+        try:
+            for name, part in self.parts.items():
+                state = checkpoint[name]
+                if "param_groups" in state:
+                    groups = part.state_dict()["param_groups"]
+                    if len(groups[0]["params"]) != len(state["param_groups"][0]["params"]):
+                        raise ValueError(f"{name} is of another number of weights")
+                    state = copy.deepcopy(state) | {
+                        "param_groups": groups
+                    }  # or the file stays mapped
+                part.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"the checkpoint does not fit the arguments: {error}")
+
+    def close(self):
+        """Save, say how to go on, and exit with 128 + signal if one stopped the run."""
+        self.save()
+        for thing in (self.bar, self.envs, self.eval_envs, self.writer, self.lock):
+            thing.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        again = f"python {sys.argv[0]} --resume {self.folder / 'checkpoint.pt'}"
+        if self.step >= self.args.total_timesteps:
+            return self.say(f"finished; to train longer: {again} --total-timesteps N")
+        self.say(f"checkpoint written at step {self.step}; go on with: {again}")
+        sys.exit(128 + self.stop_signal)
+
+
+def start():
+    """Run main with the flags of the command line, on top of those of the run to resume."""
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+    try:
+        main(args)
+    except (MemoryError, RuntimeError) as error:
+        if Run.exists or not re.search("memory|overflow|allocate", str(error)):
+            raise
+        fail(f"networks and buffers of these sizes do not fit into memory: {error}")
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(f"error: the disk is full: {error}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Replay: the same text in every off-policy script (tools/sync.py).
+
+
+class Batch(NamedTuple):
+    """Transitions, one per row."""
+
+    obs: torch.Tensor  # (batch, obs_dim)
+    next_obs: torch.Tensor  # (batch, obs_dim), of the same episode
+    actions: torch.Tensor  # (batch, action_dim)
+    rewards: torch.Tensor  # (batch,)
+    terminations: torch.Tensor  # (batch,), 1 in a terminal state; a time limit leaves 0
+
+
+class ReplayBuffer:
+    """Ring buffer of transitions in float32 tensors on `device`."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        shapes = ((obs_dim,), (obs_dim,), (action_dim,), (), ())
+        self.data = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
+        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
+
+    def add(self, *transitions):
+        """Append one transition of each environment: arrays in the order of `Batch`."""
+        count = len(transitions[0])
+        rows = (torch.arange(count, device=self.device) + self.position) % self.capacity
+        for data, values in zip(self.data, transitions, strict=True):
+            data[rows] = to_tensor(values, self.device)
+        self.position = (self.position + count) % self.capacity
+        self.size = min(self.size + count, self.capacity)
+
+    def sample(self, batch_size):
+        """A `Batch` of rows drawn uniformly with replacement."""
+        rows = torch.randint(self.size, (batch_size,), device=self.device)
+        return Batch(*(data[rows] for data in self.data))
+
+    def state_dict(self):
+        # through numpy: torch.save writes whole storages, and this makes none of the empty part
+        filled = [torch.from_numpy(data[: self.size].cpu().numpy()) for data in self.data]
+        return {"position": self.position, "size": self.size, "data": filled}
+
+    def load_state_dict(self, state):
+        """Load transitions, oldest first; the newest that fit are kept."""
+        self.size = min(state["size"], self.capacity)
+        self.position = self.size % self.capacity
+        for data, filled in zip(self.data, state["data"], strict=True):
+            data[: self.size] = filled.roll(-state["position"], 0)[state["size"] - self.size :]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?")
-    resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
-    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else tyro.MISSING_NONPROP))
+    start()

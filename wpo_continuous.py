@@ -1,27 +1,28 @@
-"""WPO: Wasserstein policy optimisation in SAC's frame (Pfau et al. 2025, arXiv 2505.00663). Docs: docs/wpo.md
+"""WPO: SAC with Wasserstein policy optimisation (Pfau et al. 2025, arXiv 2505.00663).
 
-Maximum-entropy RL maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]. With (s, a, R, s') from the replay buffer,
-twin critics Q_i, their Polyak averages Q'_i, and b ~ pi(.|s), b' ~ pi(.|s') drawn afresh, the losses are
+Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. For transitions (s, a, r, s') from the
+replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
-    critic       E[ sum_i ( Q_i(s, a) - R - gamma (1 - terminated) ( min_i Q'_i(s', b') - alpha log pi(b'|s') ) )^2 ]
-    actor        E[ alpha log pi(b|s) - min_i Q_i(s, b) ] = alpha KL( pi(.|s) || exp(Q(s, .) / alpha) / Z(s) ) + const
-    temperature  -E[ alpha ( log pi(b|s) + target entropy ) ]
+    target       y = r + gamma (1 - terminated) (min_i Q̄_i(s', a') - alpha log pi(a'|s'))       (1)
+    critic       E[ sum_i (Q_i(s, a) - y)^2 ]                                                   (2)
+    actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
+    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-WPO takes the steepest path in the 2-Wasserstein distance, with a penalty on the KL from the averaged policy. Let x be b
-before squashing, p its density, phi the mean and std of p, F their Fisher information; theta moves phi by chain rule:
+Only the actor's step changes. Let a_new = tanh(x), p the density of x and phi its parameters. Each
+x moves uphill on -(3), and phi follows the moved x as closely (in KL) as it can; phi = phi(theta):
 
-    flow         d p / dt = -div_x( p v ),   v(s, x) = grad_x [ min_i Q_i(s, b) - alpha log pi(b|s) ]              (W1)
-    projection   d phi / dt = E[ F^-1 ( grad_phi grad_x log p(x|s) ) v(s, x) ]                                     (W2)
-
-alpha = 0 is the paper's objective. For a diagonal Gaussian (W2) is SAC's gradient, at alpha = 0 sample by sample, else
-in the mean: the penalty and several samples of b are new. (W2) is for richer densities, as in diffwpo_continuous.py.
+    velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
+    projection   d phi = E[ F^-1 grad_phi (grad_x log p(x) . v(x)) ],   F: Fisher information   (W2)
+    Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
+    penalty      weights times KL( average policy || policy ), of mean and of std               (W4)
 
     python wpo_continuous.py --env-id HalfCheetah-v4
-    python wpo_continuous.py --resume runs/<run>/checkpoint.pt
+    python wpo_continuous.py --resume runs/RUN/checkpoint.pt
 """
 
-import argparse
+import contextlib
 import copy
+import errno
 import importlib.metadata
 import importlib.util
 import math
@@ -30,12 +31,13 @@ import random
 import re
 import signal
 import sys
+import textwrap
 import time
-from collections import Counter, deque
+import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -43,161 +45,696 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    "name of this experiment"
-    seed: int = 1
-    "seed of python, numpy, torch, the environments and their action spaces"
-    env_id: str = "HalfCheetah-v4"
-    "gymnasium id: -v4, -v5, dm_control/dog-run-v0 (needs shimmy[dm-control]) or module:id"
-    total_timesteps: int = 1_000_000
-    "environment steps of the whole run, over all environments"
-    num_envs: int = 1
-    "environments stepped together"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    "auto takes CUDA, then MPS, then the CPU"
-    torch_threads: int = 1
-    "CPU threads of torch; more than one is slower for networks of this size"
-    compile: bool = False
-    "compile the gradient step with torch.compile"
-    cuda_graph: bool = False
-    "capture the gradient step and the policy as CUDA graphs"
-    progress: bool = True
-    "show a progress bar"
-    track: bool = False
-    "also log to Weights & Biases (needs wandb)"
-    wandb_project_name: str = "diffusion-maxent-rl"
-    "the wandb project"
-    wandb_entity: str | None = None
-    "the wandb team"
-    capture_video: bool = False
-    "record the first environment to runs/<run>/videos (needs moviepy)"
-    eval_frequency: int = 10_000
-    "environment steps between two evaluations; 0 evaluates only at the end"
-    eval_episodes: int = 10
-    "episodes of one evaluation, each for the stochastic and for the mean action"
-    checkpoint_frequency: int = 50_000
-    "environment steps between two checkpoints; 0 writes one only at the end"
-    resume: str | None = None
-    "checkpoint to go on from; its arguments apply, flags given beside --resume override them"
+    # run
+    exp_name: str = Path(__file__).stem  # name of the experiment
+    seed: int = 1  # seed of everything random
+    env_id: str = "HalfCheetah-v4"  # gymnasium id, or module:id
+    num_envs: int = 1  # environments stepped together
+    total_timesteps: int = 1_000_000  # steps over all environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live
+    torch_threads: int = 1  # CPU threads; one is fastest here
+    compile: bool = False  # torch.compile the gradient step
+    cuda_graph: bool = False  # replay gradient step and policy (CUDA)
+    track: bool = False  # also log to Weights & Biases
+    eval_frequency: int = 10_000  # steps between evaluations; 0: at the end
+    eval_episodes: int = 10  # episodes per evaluation
+    checkpoint_frequency: int = 50_000  # steps, or 10 minutes; 0: at the end
+    resume: str | None = None  # checkpoint to resume from
 
-    # Algorithm specific arguments
-    buffer_size: int = 1_000_000
-    "transitions kept for replay"
-    gamma: float = 0.99
-    "discount factor"
-    tau: float = 0.005
-    "weight of the new critic in each Polyak update of the target networks"
-    batch_size: int = 256
-    "transitions in one gradient step"
-    learning_starts: int = 5_000
-    "environment steps with uniformly random actions before the first gradient step"
-    utd: float = 1.0
-    "gradient steps per environment step"
-    hidden_dim: int = 256
-    "width of the two hidden layers of every network"
-    policy_lr: float = 3e-4
-    "learning rate of the actor"
-    q_lr: float = 1e-3
-    "learning rate of the critics"
-    alpha: float = 1.0
-    "temperature: the first value, or the fixed one with --no-autotune"
-    autotune: bool = True
-    "steer the temperature so that the policy's entropy meets the target"
-    alpha_anneal: float = 1.0
-    "with --no-autotune: start at this multiple of --alpha and fall to it geometrically in 70 % of the run"
-    alpha_lr: float = 3e-4
-    "learning rate of the temperature"
-    target_entropy: float | None = None
-    "entropy target in nats, in the environment's action units; default: -dim(A) for actions scaled to [-1, 1]"
-    n_step: int = 1
-    "rewards in one critic target; the entropies of the steps between are left out"
-    action_samples: int = 2
-    "actions drawn for each state in the actor's loss"
-    precondition: bool = True
-    "multiply by the inverse Fisher matrix of the Gaussian, or follow the raw mixed derivative"
-    kl_weights: tuple[float, float] = (0.03, 0.03)
-    "weights of the KLs of mean and std from the Polyak-averaged policy; the first ones with --kl-bounds"
-    kl_bounds: tuple[float, float] | None = None
-    "learn the weights, at --alpha-lr, so that the KLs of each action dimension meet these bounds, e.g. 0.0025 0.0001"
+    # algorithm
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # weight of the new critic in its average
+    batch_size: int = 256  # transitions per gradient step
+    learning_starts: int = 5_000  # steps with random actions
+    utd: float = 1.0  # gradient steps per environment step
+    hidden_dim: int = 256  # width of the two hidden layers
+    policy_lr: float = 3e-4  # learning rate of the actor
+    q_lr: float = 1e-3  # learning rate of the critics
+    alpha: float = 1.0  # first temperature; fixed: --no-autotune
+    autotune: bool = True  # tune alpha towards the target entropy
+    alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
+    alpha_lr: float = 3e-4  # learning rate of the temperature
+    target_entropy: float | None = None  # nats, actions in [-1, 1]; -dim(A)
+    normalize_obs: bool = True  # observations by running mean and std
 
-    def __post_init__(self):
-        at_least_one = "total_timesteps num_envs torch_threads eval_episodes buffer_size batch_size hidden_dim"
-        at_least_one += " n_step action_samples"
-        not_negative = "seed eval_frequency checkpoint_frequency learning_starts utd policy_lr q_lr alpha alpha_lr"
-        for names, least in ((at_least_one + " alpha_anneal", 1), (not_negative, 0)):
-            for name in names.split():
-                if not least <= getattr(self, name) < math.inf:
-                    raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
-        if self.autotune and self.alpha == 0:
-            raise ValueError("--alpha must be positive, or fixed with --no-autotune")
-        if self.alpha_anneal > 1 and (self.autotune or self.alpha == 0):
-            raise ValueError("--alpha-anneal above 1 needs --no-autotune and a positive --alpha")
-        if not all(0 <= value < math.inf for value in (*self.kl_weights, *(self.kl_bounds or ()))):
-            raise ValueError("--kl-weights and --kl-bounds must be at least 0")
-        if not math.isfinite(self.target_entropy or 0):
-            raise ValueError(f"--target-entropy must be finite, not {self.target_entropy}")
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed must be below 2**32, not {self.seed}")
-        if not (0 <= self.gamma <= 1 and 0 < self.tau <= 1):
-            raise ValueError(f"--gamma must lie in [0, 1] and --tau in (0, 1], not {self.gamma} and {self.tau}")
-        if self.buffer_size < self.num_envs:
-            raise ValueError(f"--buffer-size must be at least --num-envs, {self.num_envs}, not {self.buffer_size}")
+    # Wasserstein policy optimisation
+    action_samples: int = 2  # actions for each state in the actor's loss
+    precondition: bool = True  # with F^-1 in (W2), or without
+    kl_weight_mean: float = 0.03  # of the average's KL (W4) where means differ
+    kl_weight_std: float = 0.03  # of the average's KL (W4) where stds differ
 
 
-def fail(message: str) -> NoReturn:
-    """End the program as a user's mistake deserves: one sentence on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+# ALGO LOGIC: networks and losses
+class SoftQNetwork(nn.Module):
+    """Twin critics as one batched network: every weight has a leading axis of size 2."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        sizes = (obs_dim + action_dim, args.hidden_dim, args.hidden_dim, 1)
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            bound = fan_in**-0.5  # the default of nn.Linear
+            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
+
+    def forward(self, obs, actions):
+        """Q-values (2, batch) of obs (batch, obs_dim) and actions (batch, action_dim)."""
+        (weight1, weight2, weight3), (bias1, bias2, bias3) = self.weights, self.biases
+        x = torch.cat((obs, actions), dim=-1).expand(2, -1, -1)
+        x = F.relu(torch.baddbmm(bias1, x, weight1))
+        x = F.relu(torch.baddbmm(bias2, x, weight2))
+        return (x * weight3.mT).sum(-1) + bias3.squeeze(-1)  # a product with one column is slower
 
 
-def make_env(env_id, seed, idx, capture_video, run_name):
-    """Return a thunk that makes environment `idx` of a run: flat Box observations, episode statistics in its info."""
+def squash(latent):
+    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    action = torch.tanh(latent)
+    log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
+    return action, log_slope.sum(-1)
 
-    def thunk():
+
+LOG_STD_MIN, LOG_STD_MAX = -20, 2
+
+
+class Actor(nn.Module):
+    """Gaussian policy, squashed by tanh to [-1, 1]."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        self.fc1 = nn.Linear(obs_dim, args.hidden_dim)
+        self.fc2 = nn.Linear(args.hidden_dim, args.hidden_dim)
+        self.fc_mean = nn.Linear(args.hidden_dim, action_dim)
+        self.fc_log_std = nn.Linear(args.hidden_dim, action_dim)
+
+    def forward(self, obs):
+        """Mean and log standard deviation before squashing, both (batch, action_dim)."""
+        x = F.relu(self.fc1(obs))
+        x = F.relu(self.fc2(x))
+        return self.fc_mean(x), self.fc_log_std(x).clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def sample(self, obs):
+        """Reparameterised action (batch, action_dim) and its log-probability (batch,)."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        action, log_det = squash(mean + log_std.exp() * noise)
+        return action, log_normal.sum(-1) - log_det
+
+    def mean_action(self, obs):
+        """Action (batch, action_dim) without noise."""
+        return squash(self(obs)[0])[0]
+
+
+def critic_loss(qf, batch, next_value, gamma):
+    """Squared error of (2), summed over the twins, and the Q-values (2, batch)."""
+    target = batch.rewards + gamma * (1 - batch.terminations) * next_value
+    q = qf(batch.obs, batch.actions)
+    return (q - target).square().mean(1).sum(), q
+
+
+def kl_divergences(mean, log_std, average_mean, average_log_std):
+    """KL( average || policy ) if only the means differed, and if only the stds did; (batch,)."""
+    kl_mean = 0.5 * ((mean - average_mean) / average_log_std.exp()).square()
+    kl_std = log_std - average_log_std + 0.5 * (2 * (average_log_std - log_std)).exp() - 0.5
+    return kl_mean.sum(-1), kl_std.sum(-1)
+
+
+def actor_loss(actor, average_actor, qf, obs, alpha, args):
+    """Loss whose gradient is (W2) and (W4); its value means nothing. Also log_prob and both KLs."""
+    mean, log_std = actor(obs)
+    kl_mean, kl_std = kl_divergences(mean, log_std, *average_actor(obs))
+    penalty = args.kl_weight_mean * kl_mean + args.kl_weight_std * kl_std  # DIFF: (W4)
+
+    obs, mean, log_std = (x.repeat(args.action_samples, 1) for x in (obs, mean, log_std))
+    noise, std = torch.randn_like(mean), log_std.exp()
+    latent = (mean + std * noise).detach().requires_grad_()
+    actions, log_det = squash(latent)
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_prob = log_normal.sum(-1) - log_det
+    value = qf(obs, actions).amin(0) + alpha * log_det
+    velocity = torch.autograd.grad(value.sum(), latent)[0]
+    velocity = velocity + alpha * noise / std.detach()  # DIFF: (W1): grad log p = -noise / std
+    if args.precondition:
+        follower = mean + std * noise  # DIFF: (W3)
+    else:
+        follower = (mean - latent.detach()) / std.square()  # DIFF: (W2): this is grad log p
+    return penalty.mean() - (follower * velocity).sum(-1).mean(), log_prob, kl_mean, kl_std
+
+
+def temperature_loss(log_alpha, log_prob, target_entropy):
+    """Equation (4): its gradient raises alpha while the entropy is below the target."""
+    return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
+
+
+def main(args: Args):
+    device = set_up(args)
+    envs = make_envs(args.env_id, args.num_envs)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
+
+    actor = Actor(obs_dim, action_dim, args).to(device)
+    qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
+    qf_target = copy.deepcopy(qf).requires_grad_(False)
+    average_actor = copy.deepcopy(actor).requires_grad_(False)
+    temperature = nn.ParameterDict({"log_alpha": torch.tensor(args.alpha).log()}).to(device)
+    obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
+    adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
+    actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
+    q_optimizer = adam(qf.parameters(), lr=args.q_lr)
+    alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    parts = dict(actor=actor, qf=qf, qf_target=qf_target, temperature=temperature, obs_rms=obs_rms)
+    parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
+    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer, average_actor=average_actor)
+    run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
+
+    def update(batch):
+        """One gradient step of the critics, the actor and the temperature; returns metrics."""
+        batch = batch._replace(obs=obs_rms(batch.obs), next_obs=obs_rms(batch.next_obs))
+        alpha = temperature.log_alpha.detach().exp()
+
+        with torch.no_grad():
+            next_actions, next_log_prob = actor.sample(batch.next_obs)
+            next_q = qf_target(batch.next_obs, next_actions).amin(0)
+        q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
+        descend(q_optimizer, q_loss)
+
+        networks = actor, average_actor, qf
+        pi_loss, log_prob, kl_mean, kl_std = actor_loss(*networks, batch.obs, alpha, args)
+        descend(actor_optimizer, pi_loss)
+
+        if args.autotune:
+            alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
+            descend(alpha_optimizer, alpha_loss)
+
+        move_towards(qf_target, qf, args.tau)
+        move_towards(average_actor, actor, args.tau)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
+        metrics |= {"losses/kl_mean": kl_mean, "losses/kl_std": kl_std}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    update, act = speed_up(args, update, act=actor.sample)
+
+    # TRY NOT TO MODIFY: start the game
+    obs, metrics = run.reset(), {}
+    while run.goes_on():
+        # ALGO LOGIC: act
+        if run.step < args.learning_starts:
+            actions = envs.action_space.sample()
+        else:
+            with torch.no_grad():
+                actions = act(obs_rms(to_tensor(obs, device)))[0].cpu().numpy()
+
+        # TRY NOT TO MODIFY: step the environments and store the transitions
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]  # next_obs[i] starts the next episode
+        run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
+        buffer.add(obs, last_obs, actions, rewards, terminations)
+        obs_rms.update(to_tensor(obs, device))
+        obs = next_obs
+
+        # ALGO LOGIC: learn
+        if not args.autotune:
+            temperature.log_alpha.data.fill_(run.fixed_log_alpha())
+        for _ in range(run.updates_due()):
+            metrics = update(buffer.sample(args.batch_size))
+        if metrics and run.due(100):
+            run.log(metrics)
+        if run.due(args.eval_frequency) or run.step >= args.total_timesteps:
+            run.evaluate(actor, obs_rms)
+        run.save_when_due()
+    run.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
+
+LIMITS = {  # smallest and largest value of a flag, in all scripts
+    "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
+    "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
+    "num_steps num_minibatches update_epochs policy_delay critic_dim": (1, math.inf),
+    "eval_frequency checkpoint_frequency learning_starts utd": (0, math.inf),
+    "policy_lr q_lr alpha_lr learning_rate alpha": (0, math.inf),
+    "kl_weight_mean kl_weight_std clip_coef vf_coef target_kl critic_entropy": (0, math.inf),
+    "max_grad_norm kl_bound": (1e-6, math.inf),
+    "target_entropy v_min v_max": (-1e9, 1e9),
+    "delta_first delta_last": (0.001, 0.99),
+    "prior_std initial_std": (1e-6, 1e6),
+    "seed": (0, 2**32 - 1),
+    "gamma gae_lambda": (0, 1),
+    "num_atoms": (2, 1e6),
+    "tau": (1e-6, 1),
+}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def fail(message):
+    """Print one error line to stderr and exit with code 2."""
+    print(f"error: {textwrap.shorten(message, 200, placeholder=' ...')}", file=sys.stderr)
+    sys.exit(2)
+
+
+def set_up(args):
+    """Refuse flags that cannot work, seed everything random, and return the torch.device."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for names, (low, high) in LIMITS.items():
+        for name in given.keys() & names.split():
+            if not low <= given[name] <= high or given[name] == math.inf:
+                fail(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {given[name]}")
+    if args.alpha == 0 and given.get("autotune"):
+        fail("--alpha must be positive, or fixed with --no-autotune")
+    if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
+        fail("--alpha-anneal needs a positive --alpha, without --autotune")
+    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+        fail("--diffusion-steps must not be larger than --batch-size")
+    if given.get("delta_last", 0) > given.get("delta_first", 1):
+        fail("--delta-last must not be larger than --delta-first")
+    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+        fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if given.get("v_min", -1) >= given.get("v_max", 1):
+        fail("--v-min must be smaller than --v-max")
+    if given.get("buffer_size", args.num_envs) < args.num_envs:
+        fail("--buffer-size must not be smaller than --num-envs")
+    devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
+    devices = [name for name in devices if getattr(torch, name).is_available()]
+    if not devices or (args.cuda_graph and devices[0] != "cuda"):
+        fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.track and not tracking_works():
+        fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    torch.set_num_threads(args.torch_threads)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    return torch.device(devices[0])
+
+
+def tracking_works():
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    wandb = importlib.util.find_spec("wandb") and importlib.import_module("wandb")
+    return wandb and (not online or wandb.login(prompt=False))
+
+
+class Interface(gym.Wrapper):
+    """Any environment as a script sees it: flat float32 observations, actions in [-1, 1], no infos.
+
+    Raises ValueError for spaces that the scripts cannot train with.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        obs_space, space = env.observation_space, env.action_space
+        boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
+        if any(len(box.shape or ()) > 1 for box in boxes):
+            raise ValueError(f"its observations have more than one axis: {obs_space}")
+        real = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+        if not real or len(space.shape) != 1:
+            raise ValueError(f"its actions are not real numbers along one axis: {space}")
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
+            raise ValueError(f"the bounds of its actions meet, or are 1e9 and more: {space}")
+        self.centre, self.half_width = (high + low) / 2, (high - low) / 2
+        self.bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
+        size = gym.spaces.flatdim(obs_space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, space.shape, np.float32)
+
+    def observation(self, obs):  # a copy: an environment may write all of them into one array
+        with np.errstate(over="ignore"):  # `Run.check` stops at what is then infinite
+            return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
+
+    def reset(self, **options):
+        return self.observation(self.env.reset(**options)[0]), {}
+
+    def step(self, action):
+        space = self.env.action_space
+        action = np.clip(self.centre + self.half_width * action, space.low, space.high)
+        obs, reward, terminated, truncated, _ = self.env.step(action.astype(space.dtype))
+        ended = bool(terminated), bool(truncated)
+        return self.observation(obs), float(np.squeeze(reward)), *ended, {}
+
+
+def make_envs(env_id, num_envs, processes=False):
+    """Vector environment of `num_envs` copies of `env_id`, each behind an `Interface`."""
+
+    def make_env():
+        return gym.wrappers.RecordEpisodeStatistics(Interface(gym.make(env_id)))
+
+    sys.path.append(os.getcwd())  # where module:id may lie
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is the papers' choice
+    if importlib.util.find_spec("mujoco"):  # as are its model files with their deprecated words
+        quiet = lambda text: "deprecated" in text or print(text, file=sys.stderr)  # noqa: E731
+        importlib.import_module("mujoco").set_mju_user_warning(quiet)
+    try:
+        if env_id.startswith("dm_control/"):
+            import shimmy  # noqa: F401  (registers the dm_control environments)
+        vector = gym.vector.AsyncVectorEnv if processes else gym.vector.SyncVectorEnv
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for us, not for the processes
+        envs = vector([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        signal.signal(signal.SIGINT, interrupt)
+        return envs
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        fail(f"cannot train in {env_id}: {error}")
+
+
+def env_seeds(seed, count, purpose):
+    """Seeds of environments; other seeds and purposes (0: evaluation) share none of them."""
+    entropies = [np.random.SeedSequence((seed, i, purpose)) for i in range(count)]
+    return [int(entropy.generate_state(1)[0]) for entropy in entropies]
+
+
+def to_tensor(array, device):
+    return torch.as_tensor(array, dtype=torch.float32, device=device)
+
+
+class RunningMeanStd(nn.Module):
+    """Normalises by mean and variance of all rows that `update` has seen, unless disabled."""
+
+    EPSILON, CLIP = 1e-2, 10.0  # a dimension that hardly moves is not blown up
+
+    def __init__(self, dim, enabled=True):
+        super().__init__()
+        self.enabled = enabled
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, rows):
+        """Update the statistics with rows (count, dim)."""
+        if self.enabled:
+            self.count += len(rows)
+            weight, shift = len(rows) / self.count, rows.mean(0) - self.mean
+            self.var += weight * (rows.var(0, correction=0) - self.var)
+            self.var += weight * (1 - weight) * shift.square()
+            self.mean += weight * shift
+
+    def forward(self, x):
+        if not self.enabled:
+            return x
+        return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
+
+
+def descend(optimizer, loss, max_grad_norm=math.inf):
+    """One step of an optimiser; no other weights than its own get a gradient."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)
+    if max_grad_norm < math.inf:
+        nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_towards(average, model, tau):
+    """Exponential moving average of the weights of `model`."""
+    for slow, weight in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(weight, tau)
+
+
+def speed_up(args, *updates, act):
+    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
+    if args.compile:
+        updates = [torch.compile(update) for update in updates]
+    if args.cuda_graph:
+        from tensordict.nn import CudaGraphModule
+
+        *updates, act = (CudaGraphModule(function) for function in (*updates, act))
+    return *updates, act
+
+
+def load_checkpoint(path):
+    """Checkpoint of this script, tensors on the CPU, "args" as `Args`. Executes nothing of it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint["script"] == Path(__file__).stem:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
+        problem = f"was written by {checkpoint['script']}.py"
+    except Exception as error:  # whatever is wrong with the file
+        problem = f"cannot be read ({type(error).__name__})"
+    fail(f"the checkpoint {path} {problem}")
+
+
+class Run:
+    """The folder of a run: its log, progress, evaluations, signals and checkpoints.
+
+    `parts` are what a checkpoint holds, by name: networks, optimisers, normaliser, replay buffer.
+    """
+
+    exists = False  # until then a run can be refused without a trace
+
+    def __init__(self, args, envs, parts):
+        self.args, self.envs, self.parts, self.step = args, envs, parts, 0
+        self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps between two logs
+        self.eval_envs = make_envs(args.env_id, args.eval_episodes)
+        self.folder = self.open_folder()
+        if args.resume:
+            self.restore(load_checkpoint(args.resume))
+        Run.exists, self.stop_signal, self.last_return = True, None, math.nan
+        self.first_step, self.start_time, self.save_time = self.step, time.time(), time.time()
+        self.line_time = time.time() + 10
+        if args.track:
+            import wandb
+
+            name = {key: self.folder.resolve().name for key in ("name", "id")}
+            wandb.init(**name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy"))
+        facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
+        facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
+        rows = [f"|{name}|{value}|" for name, value in facts.items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # of a terminal that closes
+        nohup = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
+        numbers = {signal.SIGINT, signal.SIGTERM, hangup} - nohup
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=None, mininterval=1)
+        self.say(f"run folder {self.folder}, step {self.step} of {args.total_timesteps}")
+
+    def open_folder(self):
+        """Make the folder of this run, or take that of the one to resume, and lock it."""
+        args = self.args
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+        folder = Path("runs", re.sub(r"[^\w.-]", "-", name))
+        if args.resume:
+            folder = Path(os.path.relpath(Path(args.resume).resolve().parent))
         try:
-            if env_id.startswith("dm_control/"):
-                import shimmy  # noqa: F401  (registers the dm_control environments)
-            record = capture_video and idx == 0
-            env = gym.make(env_id, render_mode="rgb_array") if record else gym.make(env_id)
-            if isinstance(env.observation_space, gym.spaces.Dict):
-                env = gym.wrappers.FlattenObservation(env)
-            spaces = {"observation": env.observation_space, "action": env.action_space}
-            for name, space in spaces.items():
-                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                    fail(f"{env_id} has {name} space {space}, but this script needs a Box with one axis")
-            if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-                fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
-            if record:
-                env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
-        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-            fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        env.action_space.seed(seed + idx)
-        return env
+            folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            self.lock = open(folder / "lock", "w")
+            with contextlib.suppress(ImportError):  # Windows
+                import fcntl
 
-    return thunk
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError:
+            fail(f"another process is training in {folder}")
+        except OSError as error:
+            fail(f"cannot make the folder {folder}: {error.strerror}")
+        return folder
+
+    def on_signal(self, number, _):
+        self.stop_signal = number  # stop after the current step, with a checkpoint
+        signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
+
+    def reset(self):
+        """First observations (num_envs, obs_dim); a resumed run begins new episodes."""
+        self.envs.action_space.seed(self.args.seed + self.step)
+        obs, _ = self.envs.reset(seed=env_seeds(self.args.seed, self.args.num_envs, 1 + self.step))
+        self.check({"an observation": obs})
+        return obs
+
+    def goes_on(self):
+        return self.step < self.args.total_timesteps and self.stop_signal is None
+
+    def due(self, frequency):
+        """Whether the last steps reached a multiple of `frequency`."""
+        return frequency > 0 and self.step % frequency < self.stride
+
+    def updates_due(self):
+        """Gradient steps now: --utd for each environment step past --learning-starts."""
+        learned = max(0, self.step - self.args.num_envs - self.args.learning_starts)
+        due = max(0, self.step - self.args.learning_starts)
+        return math.floor(self.args.utd * due) - math.floor(self.args.utd * learned)
+
+    def fixed_log_alpha(self):
+        """With --no-autotune; the factor --alpha-anneal is gone after 70 % of the run."""
+        left = max(0.0, 1 - self.step / (0.7 * self.args.total_timesteps))
+        alpha = self.args.alpha * self.args.alpha_anneal**left
+        return math.log(alpha) if alpha else -1e9
+
+    def check(self, values):
+        """Stop the run, exit code 1, if an array or tensor overflows float32 when squared."""
+        for name, value in values.items():
+            if not (abs(value) < 1e18).all():
+                where = f"the last checkpoint, if any, is in {self.folder}"
+                sys.exit(f"error: {name} is not finite at step {self.step} (or over 1e18); {where}")
+
+    def count(self, infos, observations, rewards):
+        """Count a step of all environments, check what it brought, log the episodes that ended."""
+        self.step += self.args.num_envs
+        self.check({"an observation": np.stack(observations), "a reward": rewards})
+        for i in np.flatnonzero(infos.get("_final_info", ())):
+            episode = infos["final_info"]["episode"]
+            self.last_return = episode["r"][i]
+            self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
+            self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
+            self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
+        if self.bar.disable and time.time() > self.line_time:  # no terminal
+            self.line_time, todo = time.time() + 60, self.args.total_timesteps - self.step
+            left = tqdm.format_interval(todo / self.speed())
+            line = f"step {self.step}: return {self.last_return:.1f}"
+            self.say(f"{line}, {self.speed():.0f} steps/s, {left} left")
+        self.bar.update(self.args.num_envs)
+
+    def speed(self):
+        return (self.step - self.first_step) / (time.time() - self.start_time)
+
+    def say(self, line):
+        try:
+            self.bar.write(line)
+            sys.stdout.flush()
+        except OSError:  # a pipe or terminal that has gone costs the line, not the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def log(self, metrics):
+        """Write the means of tensors or arrays; stop the run if one is not finite."""
+        for name, value in metrics.items():
+            self.check({name: value})
+            self.writer.add_scalar(name, value.mean().item(), self.step)
+        self.writer.add_scalar("charts/SPS", self.speed(), self.step)
+
+    @torch.no_grad()
+    def evaluate(self, actor, obs_rms):
+        """Log the returns of --eval-episodes episodes of the policy, with and without its noise.
+
+        Environments, seeds and random numbers are not those of the training. An episode ends after
+        10,000 steps at the latest; a signal ends the evaluation.
+        """
+        self.say(f"step {self.step}: evaluating") if self.bar.disable else None
+        envs, device, words = self.eval_envs, obs_rms.mean.device, f"step {self.step}:"
+        policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
+        for name, policy in policies.items():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self.args.seed)
+                obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs, 0))
+                returns, active, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), 0
+                while active.any() and steps < 10_000:
+                    if self.stop_signal:
+                        return
+                    actions = policy(obs_rms(to_tensor(obs, device))).cpu().numpy()
+                    obs, rewards, terminations, truncations, _ = envs.step(actions)
+                    returns += active * rewards
+                    active &= ~(terminations | truncations)
+                    steps += 1
+            self.check({f"eval/episodic_return{name}": returns})
+            self.writer.add_scalar(f"eval/episodic_return{name}", returns.mean(), self.step)
+            words += f" episodic_return{name} {returns.mean():.1f} +- {returns.std():.1f}"
+        self.say(words)
+
+    def save(self):
+        """Write a checkpoint beside the old one, then replace it: one of them is always whole."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                self.check({f"{name}.{key}": value for key, value in state[name].items()})
+        state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
+        state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
+        path, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
+        try:
+            self.writer.flush()  # a checkpoint is never ahead of the curves
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__
+            full = getattr(cause, "errno", None) in FULL_DISK
+            problem = "the disk is full" if full else " ".join(str(error).split())
+            sys.exit(f"error: cannot write the checkpoint {path}: {problem}")
+        self.save_time = time.time()
+
+    def save_when_due(self):
+        """At multiples of --checkpoint-frequency, and ten minutes after the last time."""
+        frequency = self.args.checkpoint_frequency
+        late = frequency and time.time() > self.save_time + 600
+        if self.goes_on() and (late or self.due(frequency)):  # else `close` does
+            self.save()
+
+    def restore(self, checkpoint):
+        """Load all parts; optimisers keep the learning rates of the flags."""
+        if checkpoint["args"].env_id != self.args.env_id:
+            fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        self.step = checkpoint["global_step"]
+        torch.manual_seed(self.args.seed + self.step)
+        try:
+            for name, part in self.parts.items():
+                state = checkpoint[name]
+                if "param_groups" in state:
+                    groups = part.state_dict()["param_groups"]
+                    if len(groups[0]["params"]) != len(state["param_groups"][0]["params"]):
+                        raise ValueError(f"{name} is of another number of weights")
+                    state = copy.deepcopy(state) | {
+                        "param_groups": groups
+                    }  # or the file stays mapped
+                part.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"the checkpoint does not fit the arguments: {error}")
+
+    def close(self):
+        """Save, say how to go on, and exit with 128 + signal if one stopped the run."""
+        self.save()
+        for thing in (self.bar, self.envs, self.eval_envs, self.writer, self.lock):
+            thing.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        again = f"python {sys.argv[0]} --resume {self.folder / 'checkpoint.pt'}"
+        if self.step >= self.args.total_timesteps:
+            return self.say(f"finished; to train longer: {again} --total-timesteps N")
+        self.say(f"checkpoint written at step {self.step}; go on with: {again}")
+        sys.exit(128 + self.stop_signal)
+
+
+def start():
+    """Run main with the flags of the command line, on top of those of the run to resume."""
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+    try:
+        main(args)
+    except (MemoryError, RuntimeError) as error:
+        if Run.exists or not re.search("memory|overflow|allocate", str(error)):
+            raise
+        fail(f"networks and buffers of these sizes do not fit into memory: {error}")
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(f"error: the disk is full: {error}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Replay: the same text in every off-policy script (tools/sync.py).
 
 
 class Batch(NamedTuple):
-    """Transitions, one a row: obs and next_obs (batch, obs_dim), actions (batch, action_dim), the others (batch,)."""
+    """Transitions, one per row."""
 
-    obs: torch.Tensor
-    next_obs: torch.Tensor
-    actions: torch.Tensor
-    rewards: torch.Tensor
-    terminations: torch.Tensor  # 1 where the episode ended in a terminal state; a time limit leaves 0 and bootstraps
+    obs: torch.Tensor  # (batch, obs_dim)
+    next_obs: torch.Tensor  # (batch, obs_dim), of the same episode
+    actions: torch.Tensor  # (batch, action_dim)
+    rewards: torch.Tensor  # (batch,)
+    terminations: torch.Tensor  # (batch,), 1 in a terminal state; a time limit leaves 0
 
 
 class ReplayBuffer:
-    """Ring buffer of transitions in float32 tensors on `device`, allocated at once but touched only as it fills."""
+    """Ring buffer of transitions in float32 tensors on `device`."""
 
     def __init__(self, capacity, obs_dim, action_dim, device):
         shapes = ((obs_dim,), (obs_dim,), (action_dim,), (), ())
@@ -205,483 +742,31 @@ class ReplayBuffer:
         self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
 
     def add(self, *transitions):
-        """Append one transition of each environment: arrays in the order of `Batch`, first axis num_envs."""
+        """Append one transition of each environment: arrays in the order of `Batch`."""
         count = len(transitions[0])
         rows = (torch.arange(count, device=self.device) + self.position) % self.capacity
         for data, values in zip(self.data, transitions, strict=True):
-            data[rows] = torch.as_tensor(values, dtype=torch.float32, device=self.device)
+            data[rows] = to_tensor(values, self.device)
         self.position = (self.position + count) % self.capacity
         self.size = min(self.size + count, self.capacity)
 
     def sample(self, batch_size):
-        """Return a `Batch` of rows drawn uniformly with replacement."""
+        """A `Batch` of rows drawn uniformly with replacement."""
         rows = torch.randint(self.size, (batch_size,), device=self.device)
         return Batch(*(data[rows] for data in self.data))
 
     def state_dict(self):
-        # going through numpy gives each slice a storage of its own, without a copy: torch.save writes whole storages
+        # through numpy: torch.save writes whole storages, and this makes none of the empty part
         filled = [torch.from_numpy(data[: self.size].cpu().numpy()) for data in self.data]
         return {"position": self.position, "size": self.size, "data": filled}
 
     def load_state_dict(self, state):
+        """Load transitions, oldest first; the newest that fit are kept."""
         self.size = min(state["size"], self.capacity)
         self.position = self.size % self.capacity
-        for data, filled in zip(self.data, state["data"], strict=True):  # oldest first; keep the newest that fit
+        for data, filled in zip(self.data, state["data"], strict=True):
             data[: self.size] = filled.roll(-state["position"], 0)[state["size"] - self.size :]
 
 
-def n_step_transitions(window, gamma, obs, next_obs, actions, rewards, terminations, ended):
-    """Add a step to `window`, a deque of the last n; yield what it completes, rows over n steps or up to an end."""
-    window.append((obs, actions, 0 * rewards, 0 * rewards + 1, np.ones_like(ended)))
-    for i, (first_obs, first_actions, returns, discounts, going) in enumerate(window):
-        returns += discounts * rewards
-        done = going & (ended | (i == 0 and len(window) == window.maxlen))  # the oldest row is complete
-        # terminations such that gamma (1 - terminations) is the discount over all these steps
-        yield first_obs[done], next_obs[done], first_actions[done], returns[done], (1 - discounts * ~terminations)[done]
-        discounts *= gamma
-        going &= ~ended
-
-
-# ALGO LOGIC: initialize agent here:
-class SoftQNetwork(nn.Module):
-    """Twin critics Q_1, Q_2 as one batched network: every weight has a leading axis of size two."""
-
-    def __init__(self, obs_dim, action_dim, hidden_dim):
-        super().__init__()
-        sizes = (obs_dim + action_dim, hidden_dim, hidden_dim, 1)
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-            bound = fan_in**-0.5  # as nn.Linear
-            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
-            self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
-
-    def forward(self, obs, actions):
-        """Values (2, batch) of obs (batch, obs_dim) and actions (batch, action_dim) in the environment's units."""
-        (weight1, weight2, weight3), (bias1, bias2, bias3) = self.weights, self.biases
-        x = torch.cat((obs, actions), dim=-1).expand(2, -1, -1)
-        x = F.relu(torch.baddbmm(bias1, x, weight1))
-        x = F.relu(torch.baddbmm(bias2, x, weight2))
-        return (x * weight3.mT).sum(-1) + bias3.squeeze(-1)  # faster than a matrix product with a single column
-
-
-LOG_STD_MIN, LOG_STD_MAX = -20, 2
-
-
-class Actor(nn.Module):
-    """Gaussian policy, squashed by tanh into the bounds of the action space."""
-
-    def __init__(self, observation_space, action_space, args):
-        super().__init__()
-        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
-        low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
-        self.register_buffer("action_scale", (high - low) / 2)
-        self.register_buffer("action_bias", (high + low) / 2)
-        self.register_buffer("action_low", low, persistent=False)
-        self.register_buffer("action_high", high, persistent=False)
-        self.fc1 = nn.Linear(obs_dim, args.hidden_dim)
-        self.fc2 = nn.Linear(args.hidden_dim, args.hidden_dim)
-        self.fc_mean = nn.Linear(args.hidden_dim, action_dim)
-        self.fc_logstd = nn.Linear(args.hidden_dim, action_dim)
-
-    def forward(self, obs):
-        """Mean and log standard deviation of the Gaussian before squashing, both (batch, action_dim)."""
-        x = F.relu(self.fc2(F.relu(self.fc1(obs))))
-        return self.fc_mean(x), self.fc_logstd(x).clamp(LOG_STD_MIN, LOG_STD_MAX)
-
-    def squash(self, latent):
-        """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
-        action = torch.tanh(latent) * self.action_scale + self.action_bias
-        action = action.clamp(self.action_low, self.action_high)  # rounding may lead out of them
-        # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
-        log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
-        return action, (log_slope + self.action_scale.log()).sum(-1)
-
-    def sample(self, obs):
-        """Reparameterised action (batch, action_dim) and its log-probability (batch,), in the action's own units."""
-        mean, log_std = self(obs)
-        return self.act(mean, log_std, torch.randn_like(mean))
-
-    def act(self, mean, log_std, noise):
-        """Action and log-probability of a noise (..., action_dim)."""
-        log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        action, log_det = self.squash(mean + log_std.exp() * noise)
-        return action, log_prob - log_det
-
-    def mean_action(self, obs):
-        """Action (batch, action_dim) without noise."""
-        return self.squash(self(obs)[0])[0]
-
-    def get_action(self, obs):
-        """Return (action, log_prob, mean_action) of shapes (batch, action_dim), (batch,), (batch, action_dim)."""
-        return *self.sample(obs), self.mean_action(obs)
-
-
-def critic_loss(actor, qf, qf_target, batch, alpha, gamma):
-    """Squared soft Bellman error, summed over the twin critics; also returns their values (2, batch)."""
-    with torch.no_grad():
-        next_actions, next_log_prob = actor.sample(batch.next_obs)
-        next_value = qf_target(batch.next_obs, next_actions).amin(0) - alpha * next_log_prob
-        target = batch.rewards + gamma * (1 - batch.terminations) * next_value
-    qf_values = qf(batch.obs, batch.actions)
-    return (qf_values - target).square().mean(1).sum(), qf_values
-
-
-def kl_divergences(mean, log_std, target_mean, target_log_std):
-    """KL( target || policy ), first if only the mean differs, then if only the std does: (2, ..., action_dim)."""
-    kl_mean = 0.5 * ((mean - target_mean) / target_log_std.exp()).square()
-    kl_std = log_std - target_log_std + 0.5 * (2 * (target_log_std - log_std)).exp() - 0.5
-    return torch.stack((kl_mean.mean(-2), kl_std.mean(-2)))
-
-
-def policy_loss(actor, actor_target, qf, obs, alpha, args):
-    """Surrogate, before squashing, descended by (W2), not a meaningful value; log_prob; KLs from `actor_target`."""
-    mean, log_std = actor(obs)
-    kl = kl_divergences(mean, log_std, *actor_target(obs))
-    obs, mean, log_std = (x.repeat(args.action_samples, 1) for x in (obs, mean, log_std))
-    noise, std = torch.randn_like(mean).requires_grad_(), log_std.exp()
-    actions, log_prob = actor.act(mean.detach(), log_std.detach(), noise)
-    value = qf(obs, actions).amin(0) - alpha * log_prob
-    velocity = torch.autograd.grad(value.sum(), noise, retain_graph=True)[0] / std.detach()  # DIFF: (W1) via eps
-    noise, latent = noise.detach(), (mean + std * noise).detach()
-    # the score is (m - x) / sigma^2: F^-1 times its derivatives by m and sigma is 1 and eps, as those of m + sigma eps
-    surrogate = mean + std * noise if args.precondition else (mean - latent) / std.square()
-    return -(surrogate * velocity).sum(-1).mean(), log_prob.detach(), kl  # DIFF: (W2)
-
-
-def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises the temperature while the mean of -log_prob is below the target entropy."""
-    return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
-
-
-class RandomState:
-    """The states of torch's generators, of the CPU and of `device`, as a part of a checkpoint."""
-
-    def __init__(self, device):
-        self.modules = {"cpu": torch}
-        if device.type != "cpu":
-            self.modules[device.type] = getattr(torch, device.type)
-
-    def state_dict(self):
-        return {name: module.get_rng_state() for name, module in self.modules.items()}
-
-    def load_state_dict(self, state):
-        for name in self.modules.keys() & state.keys():  # a run may go on on another device
-            self.modules[name].set_rng_state(state[name])
-
-
-@torch.no_grad()
-def evaluate(actor, envs, seed, device):
-    """Run one episode of each of these environments with the stochastic and one with the mean action.
-
-    Returns {metric name: undiscounted returns (num_envs,)}. Leaves the random state of the training run alone.
-    """
-    state = RandomState(device).state_dict()
-    torch.manual_seed(seed)
-    seeds = np.random.SeedSequence((seed, 1)).generate_state(envs.num_envs).tolist()  # other ones than for training
-    returns = {}
-    policies = {"episodic_return": lambda obs: actor.sample(obs)[0], "episodic_return_mean_action": actor.mean_action}
-    for name, policy in policies.items():
-        obs, _ = envs.reset(seed=seeds)
-        returns[name], active = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
-        while active.any():
-            actions = policy(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
-            obs, rewards, terminations, truncations, _ = envs.step(actions)
-            returns[name] += active * rewards
-            active &= ~(terminations | truncations)
-    RandomState(device).load_state_dict(state)
-    return returns
-
-
-def save_checkpoint(path, args, parts, **values):
-    """Write `values`, the arguments and the state of all `parts` to `path`.
-
-    A temporary file is written, flushed to the disk and renamed: `path` holds the old checkpoint or the new one, whole.
-    """
-    checkpoint = {"script": Path(__file__).stem, "args": asdict(args), **values}
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint | {name: part.state_dict() for name, part in parts.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all; an older checkpoint is left alone
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"error: cannot write the checkpoint {path} ({' '.join(str(error).split())})")
-
-
-def load_checkpoint(path):
-    """Read a checkpoint of this script: a dict with its tensors on the CPU and "args" as `Args`. Unpickles no code."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if checkpoint["script"] == Path(__file__).stem:
-            return checkpoint | {"args": Args(**checkpoint["args"])}
-        problem = f"was written by {checkpoint['script']}.py"
-    except Exception as error:  # whatever is wrong with the file, the user needs its name and one sentence
-        problem = f"cannot be read ({type(error).__name__})"
-    fail(f"the checkpoint {path} {problem}")
-
-
-def restore_checkpoint(checkpoint, parts):
-    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep learning rate and mode."""
-    try:
-        for name, part in parts.items():
-            groups = getattr(part, "param_groups", [])
-            kept = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
-            part.load_state_dict(checkpoint[name])
-            for group, settings in zip(getattr(part, "param_groups", []), kept, strict=True):
-                group.update(settings)
-    except (KeyError, RuntimeError, ValueError) as error:
-        fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
-
-
-def make_run_dir(args):
-    """Make the folder runs/{env_id}__{exp_name}__{seed}__{time} and return its path."""
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    try:
-        os.makedirs(f"runs/{run_name}")
-    except FileExistsError:  # two runs in one second
-        time.sleep(1)
-        return make_run_dir(args)
-    except OSError as error:
-        fail(f"cannot make the folder runs/{run_name}: {error.strerror}")
-    return Path("runs", run_name)
-
-
-def check_finite(values, global_step, run_dir):
-    """Stop the run, exit code 1, if any of these arrays or tensors is not finite; the last checkpoint is left alone."""
-    for name, value in values.items():
-        if not torch.as_tensor(value).isfinite().all():
-            sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
-
-
-class CudaGraph:
-    """Runs `function` as it is for some calls, then captures it as a CUDA graph, which later calls replay.
-
-    Every combination of tensor shapes and other arguments has its graph. The next replay overwrites the results.
-    """
-
-    def __init__(self, function, warmup=3):
-        self.function, self.warmup, self.calls, self.graphs = function, warmup, Counter(), {}
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, *inputs):
-        leaves = pytree.tree_leaves(inputs)
-        key = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
-        self.calls[key] += 1
-        if self.calls[key] <= self.warmup:  # what is allocated lazily must be there before the capture
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                results = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
-        if key not in self.graphs:
-            static = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = self.function(*static)
-            self.graphs[key] = graph, pytree.tree_leaves(static), results
-        graph, static, results = self.graphs[key]
-        for old, new in zip(static, leaves, strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
-        graph.replay()
-        return results
-
-
-def main(args: Args):
-    torch.set_num_threads(args.torch_threads)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not getattr(torch, device).is_available():
-        fail(f"--device {device} is not available on this machine")
-    device = torch.device(device)
-    if args.cuda_graph and device.type != "cuda":
-        fail(f"--cuda-graph needs --device cuda, not {device}")
-    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and not importlib.util.find_spec(package):
-            fail(f"--{flag.replace('_', '-')} needs the package {package}")
-    make_env(args.env_id, args.seed, 0, False, "")().close()  # refuses what does not fit before a folder is made
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint and checkpoint["args"].env_id != args.env_id:
-        fail(f"the checkpoint {args.resume} is of {checkpoint['args'].env_id}, not of {args.env_id}")
-    global_step = checkpoint["global_step"] if checkpoint else 0
-    run_dir = Path(args.resume).resolve().parent if checkpoint else make_run_dir(args)
-
-    # TRY NOT TO MODIFY: seeding
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-
-    # env setup
-    env_seed = args.seed + global_step  # a resumed run starts new episodes
-    thunks = [make_env(args.env_id, env_seed, i, args.capture_video, run_dir.name) for i in range(args.num_envs)]
-    envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
-    thunks = [make_env(args.env_id, args.seed, i, False, "") for i in range(args.eval_episodes)]
-    eval_envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-
-    actor = Actor(envs.single_observation_space, envs.single_action_space, args).to(device)
-    qf = SoftQNetwork(obs_dim, action_dim, args.hidden_dim).to(device)
-    qf_target = copy.deepcopy(qf).requires_grad_(False)
-    actor_target = copy.deepcopy(actor).requires_grad_(False)
-    temperature = nn.ParameterDict({"log_alpha": torch.tensor(float(args.alpha)).log()}).to(device)
-    kl_weights, kl_bounds = torch.tensor((args.kl_weights, args.kl_bounds or (0.0, 0.0)), device=device)[..., None]
-    temperature["log_kl_weights"] = kl_weights.log().repeat(1, action_dim)
-    target_entropy = args.target_entropy
-    if target_entropy is None:  # -dim(A) is meant for actions in [-1, 1]; other units shift the entropy
-        target_entropy = (actor.action_scale.log() - 1).sum().item()
-    adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
-    actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
-    q_optimizer = adam(qf.parameters(), lr=args.q_lr)
-    alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    parts = {"actor": actor, "qf": qf, "qf_target": qf_target, "temperature": temperature, "buffer": buffer}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
-    parts |= {"actor_target": actor_target, "random_state": RandomState(device)}
-    if checkpoint:
-        restore_checkpoint(checkpoint, parts)
-    last_log_alpha = math.log(args.alpha) if args.alpha else -math.inf
-
-    def update(batch):
-        """One gradient step of the critics, the actor and the temperature; returns tensors for the log."""
-        alpha = temperature.log_alpha.detach().exp()
-        qf_loss, qf_values = critic_loss(actor, qf, qf_target, batch, alpha, args.gamma)
-        q_optimizer.zero_grad()
-        qf_loss.backward()
-        q_optimizer.step()
-
-        actor_loss, log_prob, kl = policy_loss(actor, actor_target, qf, batch.obs, alpha, args)
-        weights = temperature.log_kl_weights.exp() if args.kl_bounds else kl_weights
-        actor_optimizer.zero_grad()
-        (actor_loss + (weights.detach() * kl).sum()).backward()
-        actor_optimizer.step()
-
-        if args.kl_bounds:
-            dual_loss = (weights * (kl_bounds - kl.detach())).sum()
-            alpha_optimizer.zero_grad()
-            dual_loss.backward()
-            alpha_optimizer.step()
-
-        if args.autotune:
-            alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
-            alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            alpha_optimizer.step()
-
-        with torch.no_grad():
-            torch._foreach_lerp_(list(qf_target.parameters()), list(qf.parameters()), args.tau)
-            torch._foreach_lerp_(list(actor_target.parameters()), list(actor.parameters()), args.tau)
-        metrics = {"qf_loss": qf_loss, "qf_values": qf_values, "actor_loss": actor_loss, "alpha": alpha}
-        metrics |= {"kl_mean": kl[0], "kl_std": kl[1], "kl_weight_mean": weights[0], "kl_weight_std": weights[1]}
-        return {f"losses/{name}": value.detach() for name, value in (metrics | {"entropy": -log_prob}).items()}
-
-    act = actor.sample
-    if args.compile:
-        update = torch.compile(update)
-    if args.cuda_graph:
-        update, act = CudaGraph(update), CudaGraph(act)
-
-    def checkpoint_now():
-        parameters = dict(nn.ModuleDict({"actor": actor, "critic": qf}).named_parameters())
-        check_finite(metrics | parameters, global_step, run_dir)
-        writer.flush()  # a checkpoint is never ahead of the curves
-        save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step, updates_due=updates_due)
-
-    def due(frequency):
-        return frequency > 0 and global_step % frequency < args.num_envs
-
-    if args.track:
-        import wandb
-
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name, "resume": "allow"}
-        wandb.init(
-            name=run_dir.name, config=asdict(args), sync_tensorboard=True, monitor_gym=True, save_code=True, **where
-        )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
-    packages = [name for name in ("torch", "gymnasium", "mujoco", "numpy") if importlib.util.find_spec(name)]
-    facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
-    facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in facts.items()))
-    stop = []
-
-    def on_signal(number, _):
-        stop.append(number)  # leave after the current step, with a checkpoint
-        signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    # TRY NOT TO MODIFY: start the game
-    obs, _ = envs.reset(seed=env_seed)
-    window = deque(maxlen=args.n_step)
-    metrics, updates_due = {}, checkpoint["updates_due"] if checkpoint else 0.0
-    start_step, start_time = global_step, time.time()
-    progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
-    while global_step < args.total_timesteps and not stop:
-        # ALGO LOGIC: put action logic here
-        if global_step < args.learning_starts:
-            actions = envs.action_space.sample()
-        else:
-            with torch.no_grad():
-                actions = act(torch.as_tensor(obs, dtype=torch.float32, device=device))[0].cpu().numpy()
-
-        # ALGO LOGIC: training; on a GPU it goes on while the environments step
-        if global_step >= args.learning_starts and buffer.size:
-            if not args.autotune:
-                progress_left = max(0.0, 1 - global_step / (0.7 * args.total_timesteps))
-                temperature.log_alpha.data.fill_(last_log_alpha + progress_left * math.log(args.alpha_anneal))
-            updates_due += args.utd * args.num_envs
-            while updates_due >= 1:
-                batch = buffer.sample(args.batch_size)
-                metrics = update(batch)
-                updates_due -= 1
-
-        # TRY NOT TO MODIFY: execute the game and log data
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        global_step += args.num_envs
-        progress.update(args.num_envs)
-        real_next_obs = next_obs.copy()
-        for i in np.flatnonzero(terminations | truncations):  # next_obs[i] already belongs to the next episode
-            real_next_obs[i] = infos["final_obs"][i]
-            episode = infos["final_info"]["episode"]
-            writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
-            writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
-            progress.set_postfix_str(f"episodic_return {episode['r'][i]:.1f}", refresh=False)
-        if not (np.isfinite(real_next_obs).all() and np.isfinite(rewards).all()):
-            check_finite(metrics | {"an observation": real_next_obs, "a reward": rewards}, global_step, run_dir)
-        step = (obs, real_next_obs, actions, rewards, terminations, terminations | truncations)
-        for transitions in n_step_transitions(window, args.gamma, *step):
-            buffer.add(*transitions)
-
-        # CRUCIAL step easy to overlook
-        obs = next_obs
-
-        if due(100) and metrics:
-            check_finite(metrics, global_step, run_dir)
-            for name, value in metrics.items():
-                writer.add_scalar(name, value.mean().item(), global_step)
-            writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
-        if due(args.eval_frequency) or global_step >= args.total_timesteps:
-            for name, returns in evaluate(actor, eval_envs, args.seed, device).items():
-                writer.add_scalar(f"eval/{name}", returns.mean(), global_step)
-                progress.write(f"step {global_step}: {name} {returns.mean():.1f} +- {returns.std():.1f}")
-        if due(args.checkpoint_frequency):
-            checkpoint_now()
-
-    checkpoint_now()
-    progress.close()
-    envs.close()
-    eval_envs.close()
-    writer.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if stop and global_step < args.total_timesteps:
-        sys.exit(128 + stop[0])
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?")
-    resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
-    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else tyro.MISSING_NONPROP))
+    start()

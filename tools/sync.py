@@ -1,4 +1,4 @@
-"""Copy the frame, and the replay buffer, from sac_continuous.py into its siblings.
+"""Copy the sections that several scripts share from the first of each list into the others.
 
 python tools/sync.py            write what differs
 python tools/sync.py --check    exit code 1 and a list if anything differs
@@ -9,10 +9,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = "sac_continuous.py"
-SIBLINGS = {
-    "diffsac_continuous.py": ("Frame", "Replay")
-}  # the others follow with their new edition
+OFF_POLICY = [
+    "sac_continuous.py",
+    "diffsac_continuous.py",
+    "wpo_continuous.py",
+    "diffwpo_continuous.py",
+    "dime.py",
+]
+ON_POLICY = ["ppo_continuous.py", "diffppo_continuous.py"]
+SECTIONS = {"Frame": OFF_POLICY + ON_POLICY, "Replay": OFF_POLICY, "Rollout": ON_POLICY}
 
 
 def section(text, name):
@@ -22,24 +27,24 @@ def section(text, name):
     return slice(begin, begin + 1 + end)
 
 
-def synced(text, source, names):
-    """`text` with its sections replaced by those of `source`."""
-    for name in names:
-        place = section(text, name)
-        text = text[: place.start] + source[section(source, name)] + text[place.stop :]
-    return text
+def synced(text, source, name):
+    """`text` with the section `name` of `source` in the place of its own."""
+    place = section(text, name)
+    return text[: place.start] + source[section(source, name)] + text[place.stop :]
 
 
 def main():
-    source, stale = (ROOT / SOURCE).read_text(), []
-    for file, names in SIBLINGS.items():
-        old = (ROOT / file).read_text()
-        new = synced(old, source, names)
-        if old != new:
-            stale.append(file)
-            print(f"{file} differs from {SOURCE}")
-            if "--check" not in sys.argv:
-                (ROOT / file).write_text(new)
+    stale = []
+    for name, (first, *others) in SECTIONS.items():
+        source = (ROOT / first).read_text()
+        for file in others:
+            old = (ROOT / file).read_text()
+            new = synced(old, source, name)
+            if old != new:
+                stale.append(file)
+                print(f"{file}: {name} differs from {first}")
+                if "--check" not in sys.argv:
+                    (ROOT / file).write_text(new)
     sys.exit(bool(stale and "--check" in sys.argv))
 
 
