@@ -1,29 +1,34 @@
-"""DiffPPO: PPO with a diffusion policy (Sanokowski, Patil, Knoll 2025, arXiv 2512.02019). Docs: docs/diffppo.md
+"""DiffPPO: PPO with a diffusion policy (Sanokowski, Patil, Knoll 2025, arXiv 2512.02019).
 
-Maximises E[ sum_t gamma^t ( R_t + alpha H(pi(.|s_t)) ) ]: the entropy is part of the reward and so of the soft value V;
-alpha = 0 leaves it out. On data (s, a, R, s') of pi_old, R and alpha in units of the returns' standard deviation, with
-the ratio r = pi(a|s) / pi_old(a|s), A_(t+1) = 0 once an episode has ended, and A standardised in each minibatch,
+Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]; alpha = 0 leaves the entropy out. On a
+rollout (s, a, r, s') of pi_old, with r and alpha in units of the returns' standard deviation:
 
-    advantage  A_t = d_t + gamma lambda A_(t+1),  d_t = R - alpha log pi_old(a|s) + gamma (1 - terminated) V(s') - V(s)
-    actor      -E[ min( r A, clip(r, 1 - eps, 1 + eps) A ) ],  where A is refreshed: A_t + alpha ( log pi_old - log pi )
-    critic     E[ ( V(s) - V_old(s) - A_t )^2 ] / 2
+    reward       R = r - alpha log pi_old(a|s)                                                  (1)
+    advantage    A_t = R + gamma (1 - terminated) V(s') - V(s) + gamma lambda A_(t+1)           (2)
+    actor        -E[ min(rho A', clip(rho, 1 - eps, 1 + eps) A') ],  rho = pi / pi_old of a|s   (3)
+    own entropy  A' = A + alpha (log pi_old(a|s) - log pi(a|s)), standardised in a minibatch    (4)
+    critic       E[ (V(s) - V_old(s) - A)^2 ] / 2                                               (5)
 
-From a^K ~ q(a^K) = N(0, nu^2 I), K steps with a network u_theta and learned delta_k and sigma_k lead to a^0; tanh(a^0),
-scaled, is executed. PPO runs on the augmented problem with states (s, a^k, k) and actions a^(k-1):
+A_(t+1) = 0 where an episode has ended. A time limit is no terminal state: V(s') still counts.
 
-    denoising  q(a^(k-1) | a^k, s) = N( (1 - delta_k / 2) a^k + nu^2 delta_k u_theta(s, a^k, k), sigma_k^2 I )       (1)
-    noising    pi(a^k | a^(k-1))   = N( (1 - delta_k / 2) a^(k-1), nu^2 delta_k I )                                  (2)
-    actor      one ratio r of (1) for each step; l_k = log (1) - log (2) for log pi(a|s); and, as delta_k moves (2),
-               -alpha r log (2) in the loss wherever r is not clipped                                                (3)
-    rewards    R + alpha ( H(q(a^K)) + log |da / da^0| ) at the end of a chain; inside it gamma = lambda = 1         (4)
+The policy changes: K steps with controls c_k = c(s, a^k, k) lead from a^K ~ p = N(0, nu^2 I) to
+a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions x = a^(k-1):
 
-alpha = 0 is close to DPPO (Ren et al. 2024, arXiv 2409.00588), with a value function of the latents.
+    step         q(x|a^k, s) = N( sqrt(1 - delta_k) a^k + nu sqrt(delta_k) c_k, std_k^2 I )     (6)
+    free step    n(x|a^k)    = N( sqrt(1 - delta_k) a^k, nu^2 delta_k I ),  which keeps p       (7)
+    log pi       log q - log n at each step, and at the end log p(a^0) - log |da / da^0|        (8)
+    discounts    gamma = lambda = 1 inside a chain                                              (9)
+    actor        -alpha rho log n where rho is not clipped, as delta moves n too               (10)
+
+The sum of (8) is an upper bound (in the mean) of log pi(a|s), whose value is unknown.
 
     python diffppo_continuous.py --env-id HalfCheetah-v4
-    python diffppo_continuous.py --resume runs/<run>/checkpoint.pt
+    python diffppo_continuous.py --resume runs/RUN/checkpoint.pt
 """
 
-import argparse
+import contextlib
+import copy
+import errno
 import importlib.metadata
 import importlib.util
 import math
@@ -32,11 +37,13 @@ import random
 import re
 import signal
 import sys
+import textwrap
 import time
-from collections import Counter
+import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -44,704 +51,785 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    exp_name: str = Path(__file__).stem
-    "name of this experiment"
-    seed: int = 1
-    "seed of python, numpy, torch, the environments and their action spaces"
-    env_id: str = "HalfCheetah-v4"
-    "gymnasium id: -v4, -v5, dm_control/dog-run-v0 (needs shimmy[dm-control]) or module:id"
-    total_timesteps: int = 1_000_000
-    "environment steps of the whole run, over all environments"
-    num_envs: int = 8
-    "environments stepped together"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    "auto takes CUDA, then MPS, then the CPU"
-    torch_threads: int = 1
-    "CPU threads of torch; more than one is slower for networks of this size"
-    compile: bool = False
-    "compile the gradient step with torch.compile"
-    cuda_graph: bool = False
-    "capture the gradient step and the policy as CUDA graphs"
-    progress: bool = True
-    "show a progress bar"
-    track: bool = False
-    "also log to Weights & Biases (needs wandb)"
-    wandb_project_name: str = "diffusion-maxent-rl"
-    "the wandb project"
-    wandb_entity: str | None = None
-    "the wandb team"
-    capture_video: bool = False
-    "record the first environment to runs/<run>/videos (needs moviepy)"
-    eval_frequency: int = 10_000
-    "environment steps between two evaluations; 0 evaluates only at the end"
-    eval_episodes: int = 10
-    "episodes of one evaluation, each for the stochastic and for the mean action"
-    checkpoint_frequency: int = 50_000
-    "environment steps between two checkpoints; 0 writes one only at the end"
-    resume: str | None = None
-    "checkpoint to go on from; its arguments apply, flags given beside --resume override them"
+    # run
+    exp_name: str = Path(__file__).stem  # name of the experiment
+    seed: int = 1  # seed of everything random
+    env_id: str = "HalfCheetah-v4"  # gymnasium id, or module:id
+    num_envs: int = 8  # environments stepped together
+    total_timesteps: int = 1_000_000  # steps over all environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live
+    torch_threads: int = 1  # CPU threads; one is fastest here
+    compile: bool = False  # torch.compile the gradient step
+    cuda_graph: bool = False  # replay gradient step and policy (CUDA)
+    track: bool = False  # also log to Weights & Biases
+    eval_frequency: int = 10_000  # steps between evaluations; 0: at the end
+    eval_episodes: int = 10  # episodes per evaluation
+    checkpoint_frequency: int = 50_000  # steps, or 10 minutes; 0: at the end
+    resume: str | None = None  # checkpoint to resume from
 
-    # Algorithm specific arguments
-    async_envs: bool = False
-    "step each environment in a process of its own: for slow environments on many cores"
-    num_steps: int = 256
-    "steps of each environment between two updates"
-    learning_rate: float = 3e-4
-    "learning rate of actor and critic"
-    anneal_lr: bool = True
-    "let the learning rate fall linearly to zero"
-    gamma: float = 0.99
-    "discount factor"
-    gae_lambda: float = 0.95
-    "lambda of the generalised advantage estimate"
-    num_minibatches: int = 32
-    "minibatches of one epoch"
-    update_epochs: int = 10
-    "epochs over the data of one rollout"
-    norm_adv: bool = True
-    "standardise the advantages of each minibatch"
-    clip_coef: float = 0.2
-    "clipping range eps of the probability ratio"
-    ent_coef: float = 0.0
-    "weight of an entropy bonus in the loss: the usual form, which does not look ahead"
-    alpha: float = 0.01
-    "temperature: weight of the entropy in the reward, in units of the reward"
-    alpha_anneal: float = 1.0
-    "start at this multiple of --alpha and fall to it geometrically in 70 % of the run"
-    vf_coef: float = 0.5
-    "weight of the critic's loss"
-    max_grad_norm: float = 0.5
-    "largest norm of the gradient"
-    target_kl: float | None = None
-    "end the epochs of an update when the approximate KL divergence passes this"
-    hidden_dim: int = 64
-    "width of the two hidden layers of every network"
+    # algorithm
+    async_envs: bool = False  # a process for each environment
+    num_steps: int = 256  # steps of each environment in a rollout
+    learning_rate: float = 3e-4  # of actor and critic
+    anneal_lr: bool = True  # linearly to zero
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of the advantages (2)
+    num_minibatches: int = 32  # gradient steps per epoch
+    update_epochs: int = 10  # epochs per rollout
+    norm_adv: bool = True  # standardise advantages in each minibatch
+    clip_coef: float = 0.2  # eps of (3)
+    alpha: float = 0.01  # temperature, in units of the reward
+    alpha_anneal: float = 1.0  # alpha falls from this multiple of it
+    vf_coef: float = 0.5  # weight of the critic's loss
+    max_grad_norm: float = 0.5  # of actor and critic together
+    target_kl: float | None = None  # a larger approximate KL ends the epochs
+    hidden_dim: int = 64  # width of the two hidden layers
+    normalize_obs: bool = True  # observations by running mean and std
 
-    # Diffusion policy
-    diffusion_steps: int = 8
-    "denoising steps K from the prior to the action"
-    prior_std: float = 0.5
-    "standard deviation nu of the prior, before squashing"
-    delta_first: float = 1.5
-    "delta_K of the first denoising step; a geometric schedule leads to delta_1"
-    delta_last: float = 0.01
-    "delta_1 of the last of several denoising steps; its noise has standard deviation nu sqrt(delta_1) at first"
-    learn_delta: bool = True
-    "learn delta_k for each step and action dimension, or keep the schedule; sigma_k is learned anyway"
-
-    def __post_init__(self):
-        at_least_one = "total_timesteps num_envs torch_threads eval_episodes num_steps num_minibatches update_epochs"
-        not_negative = "seed eval_frequency checkpoint_frequency learning_rate clip_coef ent_coef alpha vf_coef"
-        for names, least in ((at_least_one + " hidden_dim alpha_anneal", 1), (not_negative + " max_grad_norm", 0)):
-            for name in names.split():
-                if not least <= getattr(self, name) < math.inf:
-                    raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed must be below 2**32, not {self.seed}")
-        if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
-            raise ValueError(f"--gamma and --gae-lambda must lie in [0, 1], not {self.gamma} and {self.gae_lambda}")
-        if self.alpha_anneal > 1 and self.alpha == 0:
-            raise ValueError("--alpha-anneal above 1 needs a positive --alpha")
-        if not 0 <= (self.target_kl or 0) < math.inf:
-            raise ValueError(f"--target-kl must be at least 0, not {self.target_kl}")
-        if self.num_envs * self.num_steps < 2 * self.num_minibatches:
-            raise ValueError("--num-envs times --num-steps must be at least twice --num-minibatches")
-        if not (DELTA_MIN < self.delta_last <= self.delta_first < DELTA_MAX):
-            raise ValueError(f"need {DELTA_MIN} < --delta-last <= --delta-first < {DELTA_MAX}")
-        if not (self.diffusion_steps >= 1 and 0 < self.prior_std < math.inf):
-            raise ValueError("--diffusion-steps must be at least 1 and --prior-std positive")
+    # diffusion policy
+    diffusion_steps: int = 8  # denoising steps K
+    prior_std: float = 0.5  # standard deviation nu of the prior
+    delta_first: float = 0.9  # delta_K of the first denoising step
+    delta_last: float = 0.01  # delta_1 of the last of several; geometric
+    learn_delta: bool = True  # learn delta per step and dimension
 
 
-def fail(message: str) -> NoReturn:
-    """End the program as a user's mistake deserves: one sentence on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+class Rows(NamedTuple):
+    """What a gradient step needs, one decision per row, rewards in units of the returns' std."""
+
+    obs: torch.Tensor  # (rows, obs_dim), normalised
+    k: torch.Tensor  # (rows,), the denoising step
+    latents: torch.Tensor  # (rows, action_dim), a^k
+    next_latents: torch.Tensor  # (rows, action_dim), a^(k-1)
+    log_prob: torch.Tensor  # (rows,), of the rollout's policy
+    advantages: torch.Tensor  # (rows,), A + alpha log pi_old, the first half of (4)
+    returns: torch.Tensor  # (rows,), V_old + A
 
 
-def make_env(env_id, seed, idx, capture_video, run_name):
-    """Return a thunk that makes environment `idx` of a run: flat Box observations, episode statistics in its info."""
-
-    def thunk():
-        try:
-            if env_id.startswith("dm_control/"):
-                import shimmy  # noqa: F401  (registers the dm_control environments)
-            record = capture_video and idx == 0
-            env = gym.make(env_id, render_mode="rgb_array") if record else gym.make(env_id)
-            if isinstance(env.observation_space, gym.spaces.Dict):
-                env = gym.wrappers.FlattenObservation(env)
-            spaces = {"observation": env.observation_space, "action": env.action_space}
-            for name, space in spaces.items():
-                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                    fail(f"{env_id} has {name} space {space}, but this script needs a Box with one axis")
-            if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-                fail(f"{env_id} has unbounded actions, {env.action_space}, but this script needs finite bounds")
-            if record:
-                env = gym.wrappers.RecordVideo(env, f"runs/{run_name}/videos", name_prefix=f"seed-{seed}")
-        except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-            fail(f"cannot make the environment {env_id}: {' '.join(str(error).split())}")
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        env.action_space.seed(seed + idx)
-        return env
-
-    return thunk
+# ALGO LOGIC: networks and losses
+def mlp(inputs, outputs, hidden_dim, last_gain):
+    """Tanh network, orthogonal weights of gain sqrt(2), in the last layer `last_gain`."""
+    sizes = (inputs, hidden_dim, hidden_dim, outputs)
+    layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
+    for layer, gain in zip(layers, (2**0.5, 2**0.5, last_gain), strict=True):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
-class Rollout(NamedTuple):
-    """Data of one rollout, (num_steps, num_envs) or with more axes, as obs_dim and action_dim."""
-
-    obs: torch.Tensor
-    next_obs: torch.Tensor  # after an episode's end its last observation, not the first one of the next episode
-    latents: torch.Tensor  # chains a^K ... a^0, (num_steps, num_envs, K + 1, action_dim)
-    rewards: torch.Tensor
-    terminations: torch.Tensor  # 1 where the episode ended in a terminal state; a time limit leaves 0 and bootstraps
-    ends: torch.Tensor  # 1 where the episode ended, for either reason
+def squash(latent):
+    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    action = torch.tanh(latent)
+    log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
+    return action, log_slope.sum(-1)
 
 
-class RunningNormalizer(nn.Module):
-    """Mean and variance of all rows seen so far, as buffers of the module; only `update` changes them."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("count", torch.tensor(1e-4))
-
-    def update(self, rows):
-        """Take rows (count, dim) into account."""
-        total, shift = self.count + len(rows), rows.mean(0) - self.mean
-        spread = self.var * self.count + rows.var(0, unbiased=False) * len(rows)
-        self.var.copy_((spread + shift.square() * self.count * len(rows) / total) / total)
-        self.mean.add_(shift * len(rows) / total)
-        self.count.copy_(total)
-
-    def forward(self, x):
-        """Standardise x (..., dim) and clip it to [-10, 10]."""
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+def log_normal(x, mean, std):
+    """Log-density of x (..., dim) under N(mean, std^2 I), summed over dim."""
+    return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-class ReturnScaler(nn.Module):
-    """Divides rewards by the standard deviation of the discounted sums of past rewards, kept as buffers."""
-
-    def __init__(self, num_envs, gamma):
-        super().__init__()
-        self.gamma, self.normalizer = gamma, RunningNormalizer(1)
-        self.register_buffer("discounted", torch.zeros(num_envs), persistent=False)
-
-    def update(self, rewards, ends):
-        """Take the rewards of a rollout, (num_steps, num_envs), into account; an end starts a new sum."""
-        sums = []
-        for reward, end in zip(rewards, ends, strict=True):
-            self.discounted.mul_(self.gamma).add_(reward)
-            sums.append(self.discounted.clone())
-            self.discounted.mul_(1 - end)
-        self.normalizer.update(torch.cat(sums)[:, None])
-
-    def scale(self):
-        """The factor for rewards, and for all that is in their units."""
-        return (self.normalizer.var + 1e-8).rsqrt()
+DELTA_MIN, DELTA_MAX = 1e-4, 0.999  # range of a learned delta
 
 
-# ALGO LOGIC: initialize agent here:
-def mlp(sizes, last_gain):
-    """Tanh network, orthogonal initial weights of gain sqrt(2), in the last layer `last_gain`."""
-    layers = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
-        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2) if len(layers) < 2 * len(sizes) - 2 else last_gain)
-        nn.init.zeros_(layers[-2].bias)
-    return nn.Sequential(*layers[:-1])
-
-
-class Critic(nn.Module):
-    """Soft value of a state, in units of the scaled rewards."""
-
-    def __init__(self, obs_dim, args):
-        super().__init__()
-        self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, 1), last_gain=1.0)
-
-    def forward(self, obs):
-        """Values (...) of states (..., obs_dim), their observations normalised."""
-        return self.net(obs).squeeze(-1)
-
-
-DELTA_MIN, DELTA_MAX = 1e-4, 1.9  # range of a learned delta_k; at 2 the mean of a kernel would change its sign
+def augment(obs, latents, k, steps):
+    """States (s, a^k, k) as vectors (..., obs_dim + action_dim + K), k one-hot."""
+    return torch.cat((obs, latents, torch.eye(steps, device=k.device)[k - 1]), dim=-1)
 
 
 class Actor(nn.Module):
-    """Diffusion policy, squashed by tanh into the bounds, with chains a^K ... a^0; owns the observation normaliser."""
+    """Diffusion policy (6), squashed by tanh to [-1, 1]."""
 
-    def __init__(self, observation_space, action_space, args):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
-        low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
-        self.register_buffer("action_scale", (high - low) / 2)
-        self.register_buffer("action_bias", (high + low) / 2)
-        self.register_buffer("action_low", low, persistent=False)
-        self.register_buffer("action_high", high, persistent=False)
-        self.normalizer = RunningNormalizer(obs_dim)
-        self.diffusion_steps, self.prior_std = args.diffusion_steps, args.prior_std
-        k = torch.arange(1, self.diffusion_steps + 1)
-        self.register_buffer("order", k.flip(0))  # K ... 1
-        position = (self.diffusion_steps - k) / max(self.diffusion_steps - 1, 1)  # 0 at step K, 1 at step 1
-        delta = args.delta_first * (args.delta_last / args.delta_first) ** position
-        logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))[:, None].repeat(1, action_dim)
+        self.steps, self.prior_std = args.diffusion_steps, args.prior_std
+        ends = math.log10(args.delta_first), math.log10(args.delta_last)  # of steps K and 1
+        delta = torch.logspace(*ends, self.steps).flip(0)[:, None].repeat(1, action_dim)
+        logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
-        self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log()[:, None].repeat(1, action_dim))  # sigma_k
-        angle = k[:, None] * 100 ** -torch.linspace(0, 1, 16)
-        self.register_buffer("step_embedding", torch.cat((angle.sin(), angle.cos()), dim=1))
-        obs_dim += action_dim + self.step_embedding.shape[1]  # the state (s, a^k, k)
-        self.net = mlp((obs_dim, args.hidden_dim, args.hidden_dim, action_dim), last_gain=0.0)  # u_theta = 0 at first
+        self.net = mlp(obs_dim + action_dim + self.steps, action_dim, args.hidden_dim, 0.0)
+        self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log())  # row k - 1 for step k
 
-    def std(self):
-        """Standard deviation sigma_k of the denoising kernels, (K, action_dim), row k - 1 for step k."""
-        return self.log_std.exp()
+    def free_steps(self):
+        """Decay sqrt(1 - delta_k) and std nu sqrt(delta_k), (K, action_dim); k in row k - 1."""
+        delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * self.delta_logit.sigmoid()
+        return (1 - delta).sqrt(), self.prior_std * delta.sqrt()
 
-    def augment(self, obs, latent, k):
-        """State (s, a^k, k) as a vector from normalised obs, latents a^k and steps k (...)."""
-        return torch.cat((obs, latent, self.step_embedding[k - 1]), dim=-1)
+    def mean(self, obs, latents, k):
+        """Mean (..., action_dim) of (6) from a^k (..., action_dim); k (...)."""
+        decay, std = self.free_steps()
+        control = self.net(augment(obs, latents, k, self.steps))
+        return decay[k - 1] * latents + std[k - 1] * control  # DIFF: (6)
 
-    def kernels(self, state, latent, k):
-        """Mean and std of the denoising kernel, decay 1 - delta_k / 2 and std of the noising one, (..., action_dim)."""
-        delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * torch.sigmoid(self.delta_logit[k - 1])
-        decay, noising_std = 1 - delta / 2, self.prior_std * delta.sqrt()  # the network is noising_std u_theta
-        return decay * latent + noising_std * self.net(state), self.std()[k - 1], decay, noising_std
+    def latents(self, obs, noise_scale=1.0):
+        """Chain (K + 1, batch, action_dim) of obs (batch, obs_dim); row k is a^k."""
+        shape = (self.steps + 1, len(obs), self.log_std.shape[1])
+        noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
+        chain = [self.prior_std * noise[-1]]
+        for k in range(self.steps, 0, -1):
+            mean = self.mean(obs, chain[0], torch.full((len(obs),), k, device=obs.device))
+            chain.insert(0, mean + self.log_std[k - 1].exp() * noise[k - 1])
+        return torch.stack(chain)
 
-    def forward(self, obs, noise_scale=1.0):
-        """Draw a chain a^K ... a^0, (batch, K + 1, action_dim), for each row of normalised obs (batch, obs_dim)."""
-        noise = noise_scale * torch.randn(self.diffusion_steps + 1, len(obs), len(self.action_scale), device=obs.device)
-        latents = [self.prior_std * noise[-1]]
-        for k, eps in zip(self.order[:, None].expand(-1, len(obs)), noise[:-1].flip(0), strict=True):
-            mean, std, _, _ = self.kernels(self.augment(obs, latents[-1], k), latents[-1], k)
-            latents.append(mean + std * eps)
-        return torch.stack(latents, dim=1)
+    def log_prob(self, obs, k, latents, next_latents):
+        """log q and log n (...) of a^(k-1) after a^k, both (..., action_dim)."""
+        decay, free_std = self.free_steps()
+        log_q = log_normal(next_latents, self.mean(obs, latents, k), self.log_std[k - 1].exp())
+        log_n = log_normal(next_latents, decay[k - 1] * latents, free_std[k - 1])
+        return log_q, log_n  # DIFF: (6), (7)
 
-    def log_density(self, state, latent, next_latent, k):
-        """log q(a^(k-1) | a^k, s) and log pi(a^k | a^(k-1)), both (...), at states of `augment`."""
-        mean, std, decay, noising_std = self.kernels(state, latent, k)
-        kernels = (next_latent - mean, std), (latent - decay * next_latent, noising_std)  # DIFF: (1), (2)
-        return tuple((-0.5 * (x / s).square() - s.log() - 0.5 * math.log(2 * math.pi)).sum(-1) for x, s in kernels)
-
-    def chain(self, obs, latents):
-        """The K steps of chains (..., K + 1, action_dim) at obs (..., obs_dim): state, latent, next_latent, k."""
-        k = self.order.expand(*latents.shape[:-2], -1)
-        obs = obs.unsqueeze(-2).expand(*k.shape, -1)
-        return self.augment(obs, latents[..., :-1, :], k), latents[..., :-1, :], latents[..., 1:, :], k
-
-    def squash(self, latent):
-        """Map latent (batch, action_dim) to actions in the bounds and the log-determinant (batch,) of that map."""
-        action = torch.tanh(latent) * self.action_scale + self.action_bias
-        action = action.clamp(self.action_low, self.action_high)  # rounding may lead out of them
-        # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), stable for large |x|
-        log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))
-        return action, (log_slope + self.action_scale.log()).sum(-1)
+    def end_cost(self, latents):
+        """log p(a^0) - log |da / da^0|, the last terms of (8), (...)."""
+        normal = log_normal(latents, 0.0, torch.full_like(latents, self.prior_std))
+        return normal - squash(latents)[1]
 
     def sample(self, obs):
-        """Action (batch, action_dim) and its path log-ratio (batch,), in place of a log-probability."""
-        obs = self.normalizer(obs)
-        latent = self(obs)
-        action, log_det = self.squash(latent[:, -1])
-        log_prob, log_noising = self.log_density(*self.chain(obs, latent))
-        log_prior = -0.5 * (latent[:, 0] / self.prior_std).square() - math.log(self.prior_std * math.sqrt(2 * math.pi))
-        return action, log_prior.sum(-1) + (log_prob - log_noising).sum(-1) - log_det
+        """Action (batch, action_dim), and the sum (8) in place of a log-probability."""
+        latents = self.latents(obs)
+        k = torch.arange(1, self.steps + 1, device=obs.device)[:, None].expand(-1, len(obs))
+        log_q, log_n = self.log_prob(obs.expand(self.steps, -1, -1), k, latents[1:], latents[:-1])
+        return torch.tanh(latents[0]), (log_q - log_n).sum(0) + self.end_cost(latents[0])
 
     def mean_action(self, obs):
-        """Action (batch, action_dim) of the chain with all noises zero."""
-        return self.squash(self(self.normalizer(obs), noise_scale=0.0)[:, -1])[0]
-
-    def get_action(self, obs):
-        """Return (action, log_prob, mean_action) of shapes (batch, action_dim), (batch,), (batch, action_dim)."""
-        return *self.sample(obs), self.mean_action(obs)
+        """Action (batch, action_dim) without noise."""
+        return torch.tanh(self.latents(obs, noise_scale=0.0)[0])
 
 
-def gae(rewards, values, next_values, discounts, traces):
-    """Generalised advantage estimate (Schulman et al. 2016, arXiv 1506.02438), all tensors (steps, num_envs).
+def gae(rewards, values, next_values, discounts, lambdas, dones):
+    """Advantages (2) of tensors (steps, num_envs), `lambdas` may be a number.
 
-    discounts: of next values, 0 at a terminal state. traces: discount times lambda, 0 where an episode ends or is cut.
+    discounts: of next values, 0 in a terminal state. dones: 1 where an episode ended.
     """
     advantages = rewards + discounts * next_values - values
+    traces = discounts * lambdas * (1 - dones)
     for t in range(len(rewards) - 2, -1, -1):
         advantages[t] += traces[t] * advantages[t + 1]
     return advantages
 
 
 @torch.no_grad()
-def training_rows(actor, critic, return_scaler, rollout, alpha, args):
-    """Rows of a rollout for `update`, one for each decision, in units of scaled rewards; and their scale.
-
-    The columns: arguments of `log_density`, log-density, advantages without their own entropy term, returns, values.
-    """
-    obs, next_obs = actor.normalizer(rollout.obs), actor.normalizer(rollout.next_obs)
-    chain = actor.chain(obs, rollout.latents)
-    log_prob, log_noising = actor.log_density(*chain)
-    soft_rewards = -alpha * (log_prob - log_noising)
-    prior_entropy = (math.log(args.prior_std) + 0.5 * math.log(2 * math.pi * math.e)) * len(actor.action_scale)
-    soft_rewards[..., -1] += rollout.rewards + alpha * (prior_entropy + actor.squash(rollout.latents[..., -1, :])[1])
-    return_scaler.update(soft_rewards.sum(-1), rollout.ends)
+def make_rows(actor, critic, obs_rms, return_scaler, rollout, alpha, args):
+    """`Rows` of a rollout, the scale of its rewards, and metrics."""
+    steps, (num_steps, num_envs) = actor.steps, rollout.rewards.shape
+    # decisions in the order in which they were made: (num_steps, K, num_envs), k falls from K to 1
+    obs = obs_rms(rollout.obs)[:, None].expand(-1, steps, -1, -1)
+    k = torch.arange(steps, 0, -1, device=obs.device)[:, None].expand(num_steps, -1, num_envs)
+    latents, next_latents = rollout.latents[:, 1:].flip(1), rollout.latents[:, :-1].flip(1)
+    log_q, log_n = actor.log_prob(obs, k, latents, next_latents)
+    end_cost = actor.end_cost(rollout.latents[:, 0])
+    entropy = (log_n - log_q).sum(1) - end_cost
+    rewards = alpha * (log_n - log_q)  # DIFF: (8)
+    rewards[:, -1] += rollout.rewards - alpha * end_cost
+    return_scaler.update(rewards.sum(1), rollout.dones)
     scale = return_scaler.scale()
-    values = critic(chain[0])
-    next_values = torch.cat((values[..., 1:], values[..., :1].roll(-1, 0)), dim=-1)
-    fresh = actor.augment(next_obs, args.prior_std * torch.randn_like(rollout.latents[..., 0, :]), chain[3][..., 0])
-    cut = torch.cat((rollout.ends[:-1], torch.ones_like(rollout.ends[-1:])))  # no next chain in the rollout
-    next_values[..., -1] = torch.where(cut > 0, critic(fresh), next_values[..., -1])
-    discounts, traces = torch.ones_like(values), torch.ones_like(values)  # DIFF: (4)
-    discounts[..., -1] = args.gamma * (1 - rollout.terminations)
-    traces[..., -1] = args.gamma * args.gae_lambda * (1 - rollout.ends)
-    axis = [x.transpose(1, 2).flatten(0, 1) for x in (soft_rewards * scale, values, next_values, discounts, traces)]
-    advantages = gae(*axis).view(values.transpose(1, 2).shape).transpose(1, 2)
-    refreshed = advantages + alpha * scale * (log_prob - log_noising)  # `update` subtracts the current ones
-    rows = (*chain, log_prob, refreshed, advantages + values, values)
-    return tuple(x.flatten(0, 2) for x in rows), scale
+
+    values = critic(augment(obs, latents, k, steps))[..., 0]
+    prior = actor.prior_std * torch.randn_like(latents[:, 0])
+    fresh = critic(augment(obs_rms(rollout.next_obs), prior, k[:, 0], steps))[..., 0]
+    following = torch.cat((values[1:, 0], fresh[-1:]))  # the rollout's next chain, where one is
+    following = torch.where(rollout.dones == 1, fresh, following)
+    next_values = torch.cat((values[:, 1:], following[:, None]), dim=1)
+    discounts, lambdas, dones = (torch.ones_like(values) for _ in range(3))  # DIFF: (9)
+    discounts[:, -1] = args.gamma * (1 - rollout.terminations)
+    lambdas[:, -1] = args.gae_lambda
+    dones[:, :-1], dones[:, -1] = 0.0, rollout.dones
+    axis = rewards * scale, values, next_values, discounts, lambdas, dones
+    advantages = gae(*(x.flatten(0, 1) for x in axis)).view_as(values)
+    explained = 1 - advantages.var() / ((values + advantages).var() + 1e-8)
+    refreshed = advantages + alpha * scale * (log_q - log_n)
+    rows = Rows(obs, k, latents, next_latents, log_q, refreshed, values + advantages)
+    metrics = {"losses/explained_variance": explained, "losses/entropy": entropy}
+    metrics |= {"diffusion/noise_std_1": actor.log_std[0].exp()}
+    return Rows(*(x.flatten(0, 2) for x in rows)), scale, metrics
 
 
-def policy_loss(log_prob, old_log_prob, advantages, clip_coef):
-    """Clipped surrogate of a minibatch; also returns the ratios (batch,)."""
+def actor_loss(log_prob, old_log_prob, advantages, clip_coef):
+    """Clipped surrogate (3), and the ratios rho (rows,)."""
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -torch.min(ratio * advantages, clipped * advantages).mean(), ratio
 
 
-def noising_loss(log_noising, ratio, advantages, clip_coef, alpha):
-    """A learned delta moves the noising kernel too: -alpha log pi, wherever the clipped surrogate has a gradient."""
+def free_step_loss(log_n, ratio, advantages, clip_coef, alpha):
+    """Equation (10), on the rows where the clipped surrogate has a gradient."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     weight = (ratio * (ratio * advantages <= clipped * advantages)).detach()
-    return -(alpha * weight * log_noising).mean()  # DIFF: (3)
+    return -(alpha * weight * log_n).mean()  # DIFF: (10)
 
 
-def ppo_loss(actor, critic, batch, alpha, args):
-    """Loss of actor and critic on rows of `training_rows`, alpha in units of the scaled rewards; and metrics."""
-    *steps, old_log_prob, advantages, returns, _ = batch
-    log_prob, log_noising = actor.log_density(*steps)
-    # the entropy term of the advantage is that of the current policy
-    advantages = advantages - alpha * (log_prob - log_noising).detach()
-    mean, spread = (advantages.mean(), advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
-    advantages = (advantages - mean) / spread
-    surrogate, ratio = policy_loss(log_prob, old_log_prob, advantages, args.clip_coef)
-    entropy = (actor.std().log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
-    value_loss = 0.5 * (critic(steps[0]) - returns).square().mean()
-    loss = surrogate - args.ent_coef * entropy + args.vf_coef * value_loss
-    loss = loss + noising_loss(log_noising, ratio, advantages, args.clip_coef, alpha / spread)
-    approx_kl = (ratio - 1 - ratio.log()).mean()
-    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    metrics = {"policy_loss": surrogate, "value_loss": value_loss, "entropy": entropy, "approx_kl": approx_kl}
-    return loss, metrics | {"clipfrac": clipfrac}
+def ppo_loss(actor, critic, rows, alpha, args):
+    """Loss of actor and critic, (3) to (5), alpha in units of the returns' std; and metrics."""
+    log_prob, log_n = actor.log_prob(rows.obs, rows.k, rows.latents, rows.next_latents)
+    advantages = rows.advantages - alpha * (log_prob - log_n).detach()  # (4)
+    mean, std = (advantages.mean(), advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
+    advantages = (advantages - mean) / std
+    pi_loss, ratio = actor_loss(log_prob, rows.log_prob, advantages, args.clip_coef)
+    pi_loss = pi_loss + free_step_loss(log_n, ratio, advantages, args.clip_coef, alpha / std)
+    states = augment(rows.obs, rows.latents, rows.k, actor.steps)
+    v_loss = 0.5 * F.mse_loss(critic(states)[:, 0], rows.returns)  # (5)
+    metrics = {"losses/actor_loss": pi_loss, "losses/critic_loss": v_loss}
+    metrics |= {"losses/approx_kl": ratio - 1 - ratio.log()}
+    metrics |= {"losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float()}
+    return pi_loss + args.vf_coef * v_loss, metrics
 
 
-class RandomState:
-    """The states of torch's generators, of the CPU and of `device`, as a part of a checkpoint."""
+def main(args: Args):
+    device = set_up(args)
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
-    def __init__(self, device):
-        self.modules = {"cpu": torch}
-        if device.type != "cpu":
-            self.modules[device.type] = getattr(torch, device.type)
+    actor = Actor(obs_dim, action_dim, args).to(device)
+    critic_dim = obs_dim + action_dim + args.diffusion_steps  # of (s, a^k, k)
+    critic = mlp(critic_dim, 1, args.hidden_dim, last_gain=1.0).to(device)
+    obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
+    return_scaler = ReturnScaler(args.num_envs, args.gamma).to(device)
+    rate = torch.tensor(args.learning_rate, device=device)  # a tensor: CUDA graphs see it change
+    adam = partial(torch.optim.Adam, eps=1e-5, fused=True, capturable=args.cuda_graph)
+    optimizer = adam([*actor.parameters(), *critic.parameters()], lr=rate)
+    parts = dict(actor=actor, critic=critic, obs_rms=obs_rms, return_scaler=return_scaler)
+    run = Run(args, envs, parts | dict(optimizer=optimizer))  # folder, log, checkpoints; resumes
+    rate = optimizer.param_groups[0]["lr"]
 
-    def state_dict(self):
-        return {name: module.get_rng_state() for name, module in self.modules.items()}
+    def act(obs):
+        latents = actor.latents(obs)
+        return latents, torch.tanh(latents[0])
 
-    def load_state_dict(self, state):
-        for name in self.modules.keys() & state.keys():  # a run may go on on another device
-            self.modules[name].set_rng_state(state[name])
+    def update(rows, alpha):
+        """One gradient step on a minibatch, alpha in units of the returns' std; returns metrics."""
+        loss, metrics = ppo_loss(actor, critic, rows, alpha, args)
+        descend(optimizer, loss, args.max_grad_norm)
+        return {name: value.detach().mean() for name, value in metrics.items()}
+
+    update, act = speed_up(args, update, act=act)
+
+    # TRY NOT TO MODIFY: start the game
+    obs = run.reset()
+    while run.goes_on():
+        if args.anneal_lr:
+            rate.fill_(args.learning_rate * (1 - run.step / args.total_timesteps))
+        alpha = math.exp(run.fixed_log_alpha())
+
+        steps = []
+        for _ in range(args.num_steps):
+            # ALGO LOGIC: act
+            with torch.no_grad():
+                latents, actions = act(obs_rms(to_tensor(obs, device)))
+
+            # TRY NOT TO MODIFY: step the environments and store the transitions
+            actions = actions.cpu().numpy()
+            next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+            dones, last_obs = terminations | truncations, next_obs.copy()
+            for i in np.flatnonzero(dones):
+                last_obs[i] = infos["final_obs"][i]  # next_obs[i] starts the next episode
+            run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
+            step = obs, last_obs, latents, rewards, terminations, dones
+            steps.append([to_tensor(x, device) for x in step])
+            obs = next_obs
+
+        # ALGO LOGIC: learn
+        rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
+        networks = actor, critic, obs_rms, return_scaler
+        rows, scale, metrics = make_rows(*networks, rollout, alpha, args)
+        for _ in range(args.update_epochs):
+            order = torch.randperm(len(rows.obs), device=device)
+            for part in order.tensor_split(args.num_minibatches):
+                metrics |= update(Rows(*(x[part] for x in rows)), alpha * scale)
+            if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
+                break
+        obs_rms.update(rollout.obs.flatten(0, 1))  # only now: the ratios need the rollout's
+        metrics |= {"charts/learning_rate": rate, "losses/alpha": torch.tensor(alpha)}
+        run.log(metrics)
+        if run.due(args.eval_frequency) or run.step >= args.total_timesteps:
+            run.evaluate(actor, obs_rms)
+        run.save_when_due()
+    run.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
+
+LIMITS = {  # smallest and largest value of a flag, in all scripts
+    "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
+    "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
+    "num_steps num_minibatches update_epochs policy_delay critic_dim": (1, math.inf),
+    "eval_frequency checkpoint_frequency learning_starts utd": (0, math.inf),
+    "policy_lr q_lr alpha_lr learning_rate alpha": (0, math.inf),
+    "kl_weight_mean kl_weight_std clip_coef vf_coef target_kl critic_entropy": (0, math.inf),
+    "max_grad_norm kl_bound": (1e-6, math.inf),
+    "target_entropy v_min v_max": (-1e9, 1e9),
+    "delta_first delta_last": (0.001, 0.99),
+    "prior_std initial_std": (1e-6, 1e6),
+    "seed": (0, 2**32 - 1),
+    "gamma gae_lambda": (0, 1),
+    "num_atoms": (2, 1e6),
+    "tau": (1e-6, 1),
+}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def fail(message):
+    """Print one error line to stderr and exit with code 2."""
+    print(f"error: {textwrap.shorten(message, 200, placeholder=' ...')}", file=sys.stderr)
+    sys.exit(2)
+
+
+def set_up(args):
+    """Refuse flags that cannot work, seed everything random, and return the torch.device."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for names, (low, high) in LIMITS.items():
+        for name in given.keys() & names.split():
+            if not low <= given[name] <= high or given[name] == math.inf:
+                fail(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {given[name]}")
+    if args.alpha == 0 and given.get("autotune"):
+        fail("--alpha must be positive, or fixed with --no-autotune")
+    if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
+        fail("--alpha-anneal needs a positive --alpha, without --autotune")
+    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+        fail("--diffusion-steps must not be larger than --batch-size")
+    if given.get("delta_last", 0) > given.get("delta_first", 1):
+        fail("--delta-last must not be larger than --delta-first")
+    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+        fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if given.get("v_min", -1) >= given.get("v_max", 1):
+        fail("--v-min must be smaller than --v-max")
+    if given.get("buffer_size", args.num_envs) < args.num_envs:
+        fail("--buffer-size must not be smaller than --num-envs")
+    devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
+    devices = [name for name in devices if getattr(torch, name).is_available()]
+    if not devices or (args.cuda_graph and devices[0] != "cuda"):
+        fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.track and not tracking_works():
+        fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    torch.set_num_threads(args.torch_threads)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    return torch.device(devices[0])
+
+
+def tracking_works():
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    wandb = importlib.util.find_spec("wandb") and importlib.import_module("wandb")
+    return wandb and (not online or wandb.login(prompt=False))
+
+
+class Interface(gym.Wrapper):
+    """Any environment as a script sees it: flat float32 observations, actions in [-1, 1], no infos.
+
+    Raises ValueError for spaces that the scripts cannot train with.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        obs_space, space = env.observation_space, env.action_space
+        boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
+        if any(len(box.shape or ()) > 1 for box in boxes):
+            raise ValueError(f"its observations have more than one axis: {obs_space}")
+        real = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+        if not real or len(space.shape) != 1:
+            raise ValueError(f"its actions are not real numbers along one axis: {space}")
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
+            raise ValueError(f"the bounds of its actions meet, or are 1e9 and more: {space}")
+        self.centre, self.half_width = (high + low) / 2, (high - low) / 2
+        self.bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
+        size = gym.spaces.flatdim(obs_space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, space.shape, np.float32)
+
+    def observation(self, obs):  # a copy: an environment may write all of them into one array
+        with np.errstate(over="ignore"):  # `Run.check` stops at what is then infinite
+            return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
+
+    def reset(self, **options):
+        return self.observation(self.env.reset(**options)[0]), {}
+
+    def step(self, action):
+        space = self.env.action_space
+        action = np.clip(self.centre + self.half_width * action, space.low, space.high)
+        obs, reward, terminated, truncated, _ = self.env.step(action.astype(space.dtype))
+        ended = bool(terminated), bool(truncated)
+        return self.observation(obs), float(np.squeeze(reward)), *ended, {}
+
+
+def make_envs(env_id, num_envs, processes=False):
+    """Vector environment of `num_envs` copies of `env_id`, each behind an `Interface`."""
+
+    def make_env():
+        return gym.wrappers.RecordEpisodeStatistics(Interface(gym.make(env_id)))
+
+    sys.path.append(os.getcwd())  # where module:id may lie
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is the papers' choice
+    if importlib.util.find_spec("mujoco"):  # as are its model files with their deprecated words
+        quiet = lambda text: "deprecated" in text or print(text, file=sys.stderr)  # noqa: E731
+        importlib.import_module("mujoco").set_mju_user_warning(quiet)
+    try:
+        if env_id.startswith("dm_control/"):
+            import shimmy  # noqa: F401  (registers the dm_control environments)
+        vector = gym.vector.AsyncVectorEnv if processes else gym.vector.SyncVectorEnv
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for us, not for the processes
+        envs = vector([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        signal.signal(signal.SIGINT, interrupt)
+        return envs
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        fail(f"cannot train in {env_id}: {error}")
+
+
+def env_seeds(seed, count, purpose):
+    """Seeds of environments; other seeds and purposes (0: evaluation) share none of them."""
+    entropies = [np.random.SeedSequence((seed, i, purpose)) for i in range(count)]
+    return [int(entropy.generate_state(1)[0]) for entropy in entropies]
+
+
+def to_tensor(array, device):
+    return torch.as_tensor(array, dtype=torch.float32, device=device)
+
+
+class RunningMeanStd(nn.Module):
+    """Normalises by mean and variance of all rows that `update` has seen, unless disabled."""
+
+    EPSILON, CLIP = 1e-2, 10.0  # a dimension that hardly moves is not blown up
+
+    def __init__(self, dim, enabled=True):
+        super().__init__()
+        self.enabled = enabled
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, rows):
+        """Update the statistics with rows (count, dim)."""
+        if self.enabled:
+            self.count += len(rows)
+            weight, shift = len(rows) / self.count, rows.mean(0) - self.mean
+            self.var += weight * (rows.var(0, correction=0) - self.var)
+            self.var += weight * (1 - weight) * shift.square()
+            self.mean += weight * shift
+
+    def forward(self, x):
+        if not self.enabled:
+            return x
+        return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
+
+
+def descend(optimizer, loss, max_grad_norm=math.inf):
+    """One step of an optimiser; no other weights than its own get a gradient."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)
+    if max_grad_norm < math.inf:
+        nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    optimizer.step()
 
 
 @torch.no_grad()
-def evaluate(actor, envs, seed, device):
-    """Run one episode of each of these environments with the stochastic and one with the mean action.
-
-    Returns {metric name: undiscounted returns (num_envs,)}. Leaves the random state of the training run alone.
-    """
-    state = RandomState(device).state_dict()
-    torch.manual_seed(seed)
-    seeds = np.random.SeedSequence((seed, 1)).generate_state(envs.num_envs).tolist()  # other ones than for training
-    returns = {}
-    policies = {"episodic_return": lambda obs: actor.sample(obs)[0], "episodic_return_mean_action": actor.mean_action}
-    for name, policy in policies.items():
-        obs, _ = envs.reset(seed=seeds)
-        returns[name], active = np.zeros(len(seeds)), np.ones(len(seeds), dtype=bool)
-        while active.any():
-            actions = policy(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
-            obs, rewards, terminations, truncations, _ = envs.step(actions)
-            returns[name] += active * rewards
-            active &= ~(terminations | truncations)
-    RandomState(device).load_state_dict(state)
-    return returns
+def move_towards(average, model, tau):
+    """Exponential moving average of the weights of `model`."""
+    for slow, weight in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(weight, tau)
 
 
-def save_checkpoint(path, args, parts, **values):
-    """Write `values`, the arguments and the state of all `parts` to `path`.
+def speed_up(args, *updates, act):
+    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
+    if args.compile:
+        updates = [torch.compile(update) for update in updates]
+    if args.cuda_graph:
+        from tensordict.nn import CudaGraphModule
 
-    A temporary file is written, flushed to the disk and renamed: `path` holds the old checkpoint or the new one, whole.
-    """
-    checkpoint = {"script": Path(__file__).stem, "args": asdict(args), **values}
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint | {name: part.state_dict() for name, part in parts.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk, above all; an older checkpoint is left alone
-        temporary.unlink(missing_ok=True)
-        sys.exit(f"error: cannot write the checkpoint {path} ({' '.join(str(error).split())})")
+        *updates, act = (CudaGraphModule(function) for function in (*updates, act))
+    return *updates, act
 
 
 def load_checkpoint(path):
-    """Read a checkpoint of this script: a dict with its tensors on the CPU and "args" as `Args`. Unpickles no code."""
+    """Checkpoint of this script, tensors on the CPU, "args" as `Args`. Executes nothing of it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if checkpoint["script"] == Path(__file__).stem:
             return checkpoint | {"args": Args(**checkpoint["args"])}
         problem = f"was written by {checkpoint['script']}.py"
-    except Exception as error:  # whatever is wrong with the file, the user needs its name and one sentence
+    except Exception as error:  # whatever is wrong with the file
         problem = f"cannot be read ({type(error).__name__})"
     fail(f"the checkpoint {path} {problem}")
 
 
-def restore_checkpoint(checkpoint, parts):
-    """Give all `parts` the state that `save_checkpoint` found them in; optimisers keep learning rate and mode."""
-    try:
-        for name, part in parts.items():
-            groups = getattr(part, "param_groups", [])
-            kept = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
-            part.load_state_dict(checkpoint[name])
-            for group, settings in zip(getattr(part, "param_groups", []), kept, strict=True):
-                group.update(settings)
-    except (KeyError, RuntimeError, ValueError) as error:
-        fail(f"the checkpoint does not fit the arguments: {' '.join(str(error).split())}")
+class Run:
+    """The folder of a run: its log, progress, evaluations, signals and checkpoints.
 
-
-def make_run_dir(args):
-    """Make the folder runs/{env_id}__{exp_name}__{seed}__{time} and return its path."""
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    try:
-        os.makedirs(f"runs/{run_name}")
-    except FileExistsError:  # two runs in one second
-        time.sleep(1)
-        return make_run_dir(args)
-    except OSError as error:
-        fail(f"cannot make the folder runs/{run_name}: {error.strerror}")
-    return Path("runs", run_name)
-
-
-def check_finite(values, global_step, run_dir):
-    """Stop the run, exit code 1, if any of these arrays or tensors is not finite; the last checkpoint is left alone."""
-    for name, value in values.items():
-        if not torch.as_tensor(value).isfinite().all():
-            sys.exit(f"error: {name} is not finite at step {global_step}; the last checkpoint, if any, is in {run_dir}")
-
-
-class CudaGraph:
-    """Runs `function` as it is for some calls, then captures it as a CUDA graph, which later calls replay.
-
-    Every combination of tensor shapes and other arguments has its graph. The next replay overwrites the results.
+    `parts` are what a checkpoint holds, by name: networks, optimisers, normaliser, replay buffer.
     """
 
-    def __init__(self, function, warmup=3):
-        self.function, self.warmup, self.calls, self.graphs = function, warmup, Counter(), {}
-        self.stream = torch.cuda.Stream()
+    exists = False  # until then a run can be refused without a trace
 
-    def __call__(self, *inputs):
-        leaves = pytree.tree_leaves(inputs)
-        key = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves)
-        self.calls[key] += 1
-        if self.calls[key] <= self.warmup:  # what is allocated lazily must be there before the capture
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                results = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
-        if key not in self.graphs:
-            static = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = self.function(*static)
-            self.graphs[key] = graph, pytree.tree_leaves(static), results
-        graph, static, results = self.graphs[key]
-        for old, new in zip(static, leaves, strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
-        graph.replay()
-        return results
+    def __init__(self, args, envs, parts):
+        self.args, self.envs, self.parts, self.step = args, envs, parts, 0
+        self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps between two logs
+        self.eval_envs = make_envs(args.env_id, args.eval_episodes)
+        self.folder = self.open_folder()
+        if args.resume:
+            self.restore(load_checkpoint(args.resume))
+        Run.exists, self.stop_signal, self.last_return = True, None, math.nan
+        self.first_step, self.start_time, self.save_time = self.step, time.time(), time.time()
+        self.line_time = time.time() + 10
+        if args.track:
+            import wandb
 
+            name = {key: self.folder.resolve().name for key in ("name", "id")}
+            wandb.init(**name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy"))
+        facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
+        facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
+        rows = [f"|{name}|{value}|" for name, value in facts.items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # of a terminal that closes
+        nohup = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
+        numbers = {signal.SIGINT, signal.SIGTERM, hangup} - nohup
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=None, mininterval=1)
+        self.say(f"run folder {self.folder}, step {self.step} of {args.total_timesteps}")
 
-def main(args: Args):
-    torch.set_num_threads(args.torch_threads)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not getattr(torch, device).is_available():
-        fail(f"--device {device} is not available on this machine")
-    device = torch.device(device)
-    if args.cuda_graph and device.type != "cuda":
-        fail(f"--cuda-graph needs --device cuda, not {device}")
-    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and not importlib.util.find_spec(package):
-            fail(f"--{flag.replace('_', '-')} needs the package {package}")
-    make_env(args.env_id, args.seed, 0, False, "")().close()  # refuses what does not fit before a folder is made
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint and checkpoint["args"].env_id != args.env_id:
-        fail(f"the checkpoint {args.resume} is of {checkpoint['args'].env_id}, not of {args.env_id}")
-    global_step = checkpoint["global_step"] if checkpoint else 0
-    run_dir = Path(args.resume).resolve().parent if checkpoint else make_run_dir(args)
+    def open_folder(self):
+        """Make the folder of this run, or take that of the one to resume, and lock it."""
+        args = self.args
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+        folder = Path("runs", re.sub(r"[^\w.-]", "-", name))
+        if args.resume:
+            folder = Path(os.path.relpath(Path(args.resume).resolve().parent))
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            self.lock = open(folder / "lock", "w")
+            with contextlib.suppress(ImportError):  # Windows
+                import fcntl
 
-    # TRY NOT TO MODIFY: seeding
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError:
+            fail(f"another process is training in {folder}")
+        except OSError as error:
+            fail(f"cannot make the folder {folder}: {error.strerror}")
+        return folder
 
-    # env setup
-    env_seed = args.seed + global_step  # a resumed run starts new episodes
-    thunks = [make_env(args.env_id, env_seed, i, args.capture_video, run_dir.name) for i in range(args.num_envs)]
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes of environments inherit it: Ctrl-C is for us
-    envs = (AsyncVectorEnv if args.async_envs else SyncVectorEnv)(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
-    signal.signal(signal.SIGINT, handler)
-    thunks = [make_env(args.env_id, args.seed, i, False, "") for i in range(args.eval_episodes)]
-    eval_envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-
-    actor = Actor(envs.single_observation_space, envs.single_action_space, args).to(device)
-    critic = Critic(actor.net[0].in_features, args).to(device)  # sees what the actor sees
-    return_scaler = ReturnScaler(args.num_envs, args.gamma).to(device)
-    parameters = [*actor.parameters(), *critic.parameters()]
-    rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change
-    optimizer = torch.optim.Adam(parameters, lr=rate, eps=1e-5, fused=True, capturable=args.cuda_graph)
-    parts = {"actor": actor, "critic": critic, "return_scaler": return_scaler, "optimizer": optimizer}
-    parts |= {"random_state": RandomState(device)}
-    if checkpoint:
-        restore_checkpoint(checkpoint, parts)
-
-    # ALGO Logic: Storage setup
-    batch_steps = args.num_steps * args.num_envs
-    shape = (args.num_steps, args.num_envs)
-    shapes = ((*shape, obs_dim), (*shape, obs_dim), (*shape, args.diffusion_steps + 1, action_dim), shape, shape, shape)
-    rollout = Rollout(*(torch.zeros(s, device=device) for s in shapes))
-
-    def act(obs):
-        latents = actor(actor.normalizer(obs))
-        return latents, actor.squash(latents[:, -1])[0]
-
-    def update(batch, alpha):
-        """One gradient step on a minibatch, alpha in units of the scaled rewards; returns tensors for the log."""
-        loss, metrics = ppo_loss(actor, critic, batch, alpha, args)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        optimizer.step()
-        return {f"losses/{name}": value.detach() for name, value in metrics.items()}
-
-    if args.compile:
-        update = torch.compile(update)
-    if args.cuda_graph:
-        update, act = CudaGraph(update), CudaGraph(act)
-
-    def checkpoint_now():
-        parameters = dict(nn.ModuleDict({"actor": actor, "critic": critic}).named_parameters())
-        check_finite(metrics | parameters, global_step, run_dir)
-        writer.flush()  # a checkpoint is never ahead of the curves
-        save_checkpoint(run_dir / "checkpoint.pt", args, parts, global_step=global_step)
-
-    def due(frequency):
-        return frequency > 0 and global_step % frequency < batch_steps
-
-    if args.track:
-        import wandb
-
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name, "resume": "allow"}
-        wandb.init(
-            name=run_dir.name, config=asdict(args), sync_tensorboard=True, monitor_gym=True, save_code=True, **where
-        )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)
-    packages = [name for name in ("torch", "gymnasium", "mujoco", "numpy") if importlib.util.find_spec(name)]
-    facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
-    facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in facts.items()))
-    stop = []
-
-    def on_signal(number, _):
-        stop.append(number)  # leave after the current step, with a checkpoint
+    def on_signal(self, number, _):
+        self.stop_signal = number  # stop after the current step, with a checkpoint
         signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    def reset(self):
+        """First observations (num_envs, obs_dim); a resumed run begins new episodes."""
+        self.envs.action_space.seed(self.args.seed + self.step)
+        obs, _ = self.envs.reset(seed=env_seeds(self.args.seed, self.args.num_envs, 1 + self.step))
+        self.check({"an observation": obs})
+        return obs
 
-    # TRY NOT TO MODIFY: start the game
-    current_obs, _ = envs.reset(seed=env_seed)
-    metrics, start_step, start_time = {}, global_step, time.time()
-    progress = tqdm(total=args.total_timesteps, initial=global_step, disable=not args.progress, mininterval=1)
-    while global_step < args.total_timesteps and not stop:
-        if args.anneal_lr:
-            rate.fill_(args.learning_rate * (1 - global_step / args.total_timesteps))
-        progress_left = max(0.0, 1 - global_step / (0.7 * args.total_timesteps))
-        alpha = args.alpha * args.alpha_anneal**progress_left
+    def goes_on(self):
+        return self.step < self.args.total_timesteps and self.stop_signal is None
 
-        for step in range(args.num_steps):
-            global_step += args.num_envs
-            # ALGO LOGIC: action logic
-            obs = torch.as_tensor(current_obs, dtype=torch.float32, device=device)
-            with torch.no_grad():
-                latents, actions = act(obs)
+    def due(self, frequency):
+        """Whether the last steps reached a multiple of `frequency`."""
+        return frequency > 0 and self.step % frequency < self.stride
 
-            # TRY NOT TO MODIFY: execute the game and log data
-            current_obs, reward, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-            real_next_obs = current_obs.copy()
-            for i in np.flatnonzero(terminated | truncated):  # current_obs[i] already belongs to the next episode
-                real_next_obs[i] = infos["final_obs"][i]
-                episode = infos["final_info"]["episode"]
-                writer.add_scalar("charts/episodic_return", episode["r"][i], global_step)
-                writer.add_scalar("charts/episodic_length", episode["l"][i], global_step)
-                progress.set_postfix_str(f"episodic_return {episode['r'][i]:.1f}", refresh=False)
-            if not (np.isfinite(real_next_obs).all() and np.isfinite(reward).all()):
-                check_finite(metrics | {"an observation": real_next_obs, "a reward": reward}, global_step, run_dir)
-            data = (obs, real_next_obs, latents, reward, terminated, terminated | truncated)
-            for storage, values in zip(rollout, data, strict=True):
-                storage[step] = torch.as_tensor(values, dtype=torch.float32)
-        progress.update(batch_steps)
+    def updates_due(self):
+        """Gradient steps now: --utd for each environment step past --learning-starts."""
+        learned = max(0, self.step - self.args.num_envs - self.args.learning_starts)
+        due = max(0, self.step - self.args.learning_starts)
+        return math.floor(self.args.utd * due) - math.floor(self.args.utd * learned)
 
-        # Optimizing the policy and value network
-        rows, scale = training_rows(actor, critic, return_scaler, rollout, alpha, args)
-        for _ in range(args.update_epochs):
-            order = torch.randperm(len(rows[0]), device=device)
-            for batch in zip(*(x[order].tensor_split(args.num_minibatches) for x in rows), strict=True):
-                metrics = update(batch, alpha * scale)
-            if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
-                break
-        actor.normalizer.update(rollout.obs.flatten(0, 1))  # only now: the ratios need what the rollout saw
+    def fixed_log_alpha(self):
+        """With --no-autotune; the factor --alpha-anneal is gone after 70 % of the run."""
+        left = max(0.0, 1 - self.step / (0.7 * self.args.total_timesteps))
+        alpha = self.args.alpha * self.args.alpha_anneal**left
+        return math.log(alpha) if alpha else -1e9
 
-        check_finite(metrics, global_step, run_dir)
-        returns, values = rows[-2:]
-        metrics = metrics | {"losses/explained_variance": 1 - (returns - values).var() / (returns.var() + 1e-8)}
-        metrics |= {f"diffusion/noise_std_{k}": std for k, std in enumerate(actor.std(), start=1)}
-        metrics["diffusion/entropy_bound"] = -actor.sample(rollout.obs[-1])[1].detach()
+    def check(self, values):
+        """Stop the run, exit code 1, if an array or tensor overflows float32 when squared."""
+        for name, value in values.items():
+            if not (abs(value) < 1e18).all():
+                where = f"the last checkpoint, if any, is in {self.folder}"
+                sys.exit(f"error: {name} is not finite at step {self.step} (or over 1e18); {where}")
+
+    def count(self, infos, observations, rewards):
+        """Count a step of all environments, check what it brought, log the episodes that ended."""
+        self.step += self.args.num_envs
+        self.check({"an observation": np.stack(observations), "a reward": rewards})
+        for i in np.flatnonzero(infos.get("_final_info", ())):
+            episode = infos["final_info"]["episode"]
+            self.last_return = episode["r"][i]
+            self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
+            self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
+            self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
+        if self.bar.disable and time.time() > self.line_time:  # no terminal
+            self.line_time, todo = time.time() + 60, self.args.total_timesteps - self.step
+            left = tqdm.format_interval(todo / self.speed())
+            line = f"step {self.step}: return {self.last_return:.1f}"
+            self.say(f"{line}, {self.speed():.0f} steps/s, {left} left")
+        self.bar.update(self.args.num_envs)
+
+    def speed(self):
+        return (self.step - self.first_step) / (time.time() - self.start_time)
+
+    def say(self, line):
+        try:
+            self.bar.write(line)
+            sys.stdout.flush()
+        except OSError:  # a pipe or terminal that has gone costs the line, not the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def log(self, metrics):
+        """Write the means of tensors or arrays; stop the run if one is not finite."""
         for name, value in metrics.items():
-            writer.add_scalar(name, value.mean().item(), global_step)
-        writer.add_scalar("charts/learning_rate", rate.item(), global_step)
-        writer.add_scalar("losses/alpha", alpha, global_step)
-        writer.add_scalar("charts/SPS", (global_step - start_step) / (time.time() - start_time), global_step)
-        if due(args.eval_frequency) or global_step >= args.total_timesteps:
-            for name, returns in evaluate(actor, eval_envs, args.seed, device).items():
-                writer.add_scalar(f"eval/{name}", returns.mean(), global_step)
-                progress.write(f"step {global_step}: {name} {returns.mean():.1f} +- {returns.std():.1f}")
-        if due(args.checkpoint_frequency):
-            checkpoint_now()
+            self.check({name: value})
+            self.writer.add_scalar(name, value.mean().item(), self.step)
+        self.writer.add_scalar("charts/SPS", self.speed(), self.step)
 
-    checkpoint_now()
-    progress.close()
-    envs.close()
-    eval_envs.close()
-    writer.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if stop and global_step < args.total_timesteps:
-        sys.exit(128 + stop[0])
+    @torch.no_grad()
+    def evaluate(self, actor, obs_rms):
+        """Log the returns of --eval-episodes episodes of the policy, with and without its noise.
+
+        Environments, seeds and random numbers are not those of the training. An episode ends after
+        10,000 steps at the latest; a signal ends the evaluation.
+        """
+        self.say(f"step {self.step}: evaluating") if self.bar.disable else None
+        envs, device, words = self.eval_envs, obs_rms.mean.device, f"step {self.step}:"
+        policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
+        for name, policy in policies.items():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self.args.seed)
+                obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs, 0))
+                returns, active, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), 0
+                while active.any() and steps < 10_000:
+                    if self.stop_signal:
+                        return
+                    actions = policy(obs_rms(to_tensor(obs, device))).cpu().numpy()
+                    obs, rewards, terminations, truncations, _ = envs.step(actions)
+                    returns += active * rewards
+                    active &= ~(terminations | truncations)
+                    steps += 1
+            self.check({f"eval/episodic_return{name}": returns})
+            self.writer.add_scalar(f"eval/episodic_return{name}", returns.mean(), self.step)
+            words += f" episodic_return{name} {returns.mean():.1f} +- {returns.std():.1f}"
+        self.say(words)
+
+    def save(self):
+        """Write a checkpoint beside the old one, then replace it: one of them is always whole."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                self.check({f"{name}.{key}": value for key, value in state[name].items()})
+        state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
+        state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
+        path, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
+        try:
+            self.writer.flush()  # a checkpoint is never ahead of the curves
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__
+            full = getattr(cause, "errno", None) in FULL_DISK
+            problem = "the disk is full" if full else " ".join(str(error).split())
+            sys.exit(f"error: cannot write the checkpoint {path}: {problem}")
+        self.save_time = time.time()
+
+    def save_when_due(self):
+        """At multiples of --checkpoint-frequency, and ten minutes after the last time."""
+        frequency = self.args.checkpoint_frequency
+        late = frequency and time.time() > self.save_time + 600
+        if self.goes_on() and (late or self.due(frequency)):  # else `close` does
+            self.save()
+
+    def restore(self, checkpoint):
+        """Load all parts; optimisers keep the learning rates of the flags."""
+        if checkpoint["args"].env_id != self.args.env_id:
+            fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        self.step = checkpoint["global_step"]
+        torch.manual_seed(self.args.seed + self.step)
+        try:
+            for name, part in self.parts.items():
+                state = checkpoint[name]
+                if "param_groups" in state:
+                    groups = part.state_dict()["param_groups"]
+                    if len(groups[0]["params"]) != len(state["param_groups"][0]["params"]):
+                        raise ValueError(f"{name} is of another number of weights")
+                    state = copy.deepcopy(state) | {
+                        "param_groups": groups
+                    }  # or the file stays mapped
+                part.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"the checkpoint does not fit the arguments: {error}")
+
+    def close(self):
+        """Save, say how to go on, and exit with 128 + signal if one stopped the run."""
+        self.save()
+        for thing in (self.bar, self.envs, self.eval_envs, self.writer, self.lock):
+            thing.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        again = f"python {sys.argv[0]} --resume {self.folder / 'checkpoint.pt'}"
+        if self.step >= self.args.total_timesteps:
+            return self.say(f"finished; to train longer: {again} --total-timesteps N")
+        self.say(f"checkpoint written at step {self.step}; go on with: {again}")
+        sys.exit(128 + self.stop_signal)
+
+
+def start():
+    """Run main with the flags of the command line, on top of those of the run to resume."""
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+    try:
+        main(args)
+    except (MemoryError, RuntimeError) as error:
+        if Run.exists or not re.search("memory|overflow|allocate", str(error)):
+            raise
+        fail(f"networks and buffers of these sizes do not fit into memory: {error}")
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(f"error: the disk is full: {error}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Rollout: the same text in every on-policy script (tools/sync.py).
+
+
+class Rollout(NamedTuple):
+    """Transitions of all environments; the first two axes are (num_steps, num_envs)."""
+
+    obs: torch.Tensor  # (num_steps, num_envs, obs_dim), not normalised
+    next_obs: torch.Tensor  # likewise, of the same episode
+    latents: torch.Tensor  # (num_steps, ...), before squashing
+    rewards: torch.Tensor  # (num_steps, num_envs)
+    terminations: torch.Tensor  # (num_steps, num_envs), 1 in a terminal state
+    dones: torch.Tensor  # (num_steps, num_envs), 1 where an episode ended, for either reason
+
+
+class ReturnScaler(nn.Module):
+    """Running standard deviation of the discounted sums of past rewards."""
+
+    def __init__(self, num_envs, gamma):
+        super().__init__()
+        self.gamma, self.rms = gamma, RunningMeanStd(1)
+        self.register_buffer("sums", torch.zeros(num_envs), persistent=False)
+
+    def update(self, rewards, dones):
+        """Update with a rollout's (num_steps, num_envs); the end of an episode starts a new sum."""
+        seen = []
+        for reward, done in zip(rewards, dones, strict=True):
+            self.sums = self.gamma * self.sums + reward
+            seen.append(self.sums)
+            self.sums = self.sums * (1 - done)
+        self.rms.update(torch.cat(seen)[:, None])
+
+    def scale(self):
+        """The factor for rewards, and for all that is in their units."""
+        return (self.rms.var + 1e-8).rsqrt()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?")
-    resume = parser.parse_known_args()[0].resume  # flags beside it are checked together with the run's own
-    main(tyro.cli(Args, default=load_checkpoint(resume)["args"] if resume else tyro.MISSING_NONPROP))
+    start()
