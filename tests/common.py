@@ -1,4 +1,4 @@
-"""Shared by the tests: small networks, controls whose value is known, and running a script as its user would."""
+"""Shared by the tests: small networks, reading runs, and running a script as its user would."""
 
 import math
 import runpy
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import diffppo_continuous
 import diffsac_continuous
@@ -20,35 +20,72 @@ import wpo_continuous
 
 ROOT = Path(__file__).resolve().parent.parent
 WASSERSTEIN = [wpo_continuous, diffwpo_continuous]
-PAIR = [sac_continuous, diffsac_continuous]  # the third edition; the others keep the second for now
-OFF_POLICY = [*PAIR, *WASSERSTEIN]
+STEPWISE = [diffsac_continuous, diffwpo_continuous]  # with a critic of the latents
+TWINS = [sac_continuous, diffsac_continuous, *WASSERSTEIN]  # with SAC's critics
+OFF_POLICY = [*TWINS, dime]
 ON_POLICY = [ppo_continuous, diffppo_continuous]
-SCRIPTS = OFF_POLICY + ON_POLICY + [dime]
-SECOND = [script for script in SCRIPTS if script not in PAIR]
+SCRIPTS = OFF_POLICY + ON_POLICY
 
 
-def quiet(script):
-    """The flag that the second edition needs for no progress bar."""
-    return [] if script in PAIR else ["--no-progress"]
+def small_flags(script):
+    """Flags of a run of some seconds."""
+    words = "--hidden-dim 16 --eval-episodes 2 --device cpu"
+    if script in ON_POLICY:
+        words += " --num-envs 2 --num-steps 10 --num-minibatches 2 --update-epochs 2"
+    else:
+        words += " --batch-size 16 --learning-starts 40"
+    if script is dime:
+        words += " --critic-dim 16 --diffusion-steps 3 --v-max 50"
+    return words.split()
 
 
-def make_actor(script, obs_dim=3, low=(-1.0,), high=(1.0,), **flags):
-    """An actor of a script, for a box of actions from low to high ([-1, 1] in the third edition)."""
-    if script in PAIR:
-        return script.Actor(obs_dim, len(low), script.Args(**flags))
-    observation_space = Box(-np.inf, np.inf, (obs_dim,))
-    action_space = Box(np.asarray(low, dtype=np.float32), np.asarray(high, dtype=np.float32))
-    return script.Actor(observation_space, action_space, script.Args(**flags))
+def make_args(script, **flags):
+    """`Args` of small networks, with what `dime.main` would fill in."""
+    if script is dime:
+        flags = {"critic_dim": 16, "v_min": -1600.0, "v_max": 1600.0} | flags
+    return script.Args(**flags)
 
 
-def save_policy(script, path, args, actor, global_step=0):
+def make_actor(script, obs_dim=3, action_dim=1, **flags):
+    return script.Actor(obs_dim, action_dim, make_args(script, **flags))
+
+
+def save_policy(script, path, args, actor, global_step=0, obs_dim=3):
     """Write a checkpoint that holds an actor, as tools/ need it."""
-    if script not in PAIR:
-        return script.save_checkpoint(path, args, {"actor": actor}, global_step=global_step)
-    obs_dim = (actor.fc1 if hasattr(actor, "fc1") else actor.fc_obs).in_features
     state = {"script": script.__name__, "args": asdict(args), "global_step": global_step}
     parts = {"actor": actor, "obs_rms": script.RunningMeanStd(obs_dim, args.normalize_obs)}
     torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path)
+
+
+def run_dirs(tmp_path):
+    return sorted((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else []
+
+
+def load(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def scalars(run_dir, name):
+    """(step, value) of a TensorBoard curve, in order."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def flatten(value):
+    """All values of a checkpoint but its arguments and learning rates, in order."""
+    if isinstance(value, dict):
+        return [x for key in value if key not in ("args", "lr") for x in flatten(value[key])]
+    if isinstance(value, list | tuple):
+        return [x for item in value for x in flatten(item)]
+    return [value]
+
+
+def equal(first, second):
+    """Whether two checkpoints hold the same values, to the bit."""
+    pairs = list(zip(flatten(first), flatten(second), strict=True))
+    assert len(pairs) > 20
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 def randomise(actor, scale=0.3):
@@ -58,59 +95,17 @@ def randomise(actor, scale=0.3):
             parameter.add_(scale * torch.randn_like(parameter))
 
 
-def actor_loss(script, actor, qf, obs, alpha, **flags):
-    """The actor's loss of an off-policy script, without a trust region, and log_prob."""
-    if script in WASSERSTEIN:
-        return script.policy_loss(actor, actor, qf, obs, alpha, script.Args(**flags))[:2]
-    if script in PAIR:
-        return script.actor_loss(actor, qf, obs, alpha)
-    return script.policy_loss(actor, qf, obs, alpha)
-
-
 def pathwise_loss(actor, qf, obs, alpha):
     """SAC's actor loss of any actor, and log_prob."""
     action, log_prob = actor.sample(obs)
     return (alpha * log_prob - qf(obs, action).amin(0)).mean(), log_prob
 
 
-def chain(actor, obs, seed):
-    """The action, log_prob, latents and noise of one seeded call of a diffusion actor's `sample`."""
-    torch.manual_seed(seed)
-    action, log_prob = actor.sample(obs)
-    torch.manual_seed(seed)
-    return action, log_prob, *actor(obs)
-
-
-def linear_control_actor(script, slope, offset, delta, prior_std=1.0):
-    """A diffusion actor whose network is exactly u_k(a) = slope_k a + offset_k (rows k - 1, one action dimension).
-
-    A ReLU network can switch on k: two units relu(+-a) and one constant unit belong to each step, and a large negative
-    bias, a function of the step embedding alone, silences the units of the other steps.
-    """
-    steps, silence = len(delta), 1e3
-    actor = make_actor(script, 1, diffusion_steps=steps, hidden_dim=3 * steps, prior_std=prior_std)
-    bias = torch.full((steps, steps, 3), -silence)
-    bias[torch.arange(steps), torch.arange(steps)] = torch.tensor([0.0, 0.0, 1.0])
-    set_delta(actor, torch.as_tensor(delta)[:, None])
-    std = prior_std * torch.as_tensor(delta).sqrt()
+def set_delta(script, actor, delta):
+    """Give a diffusion actor the coefficients delta, a list with step k at k - 1."""
+    share = (torch.tensor(delta) - script.DELTA_MIN) / (script.DELTA_MAX - script.DELTA_MIN)
     with torch.no_grad():
-        actor.fc_obs.weight.zero_(), actor.fc_obs.bias.zero_(), actor.fc2.bias.zero_()
-        actor.fc_step.weight.copy_(
-            torch.linalg.lstsq(actor.step_embedding, bias.flatten(1)).solution.T
-        )
-        actor.fc_latent.weight.copy_(torch.tensor([1.0, -1.0, 0.0]).repeat(steps)[:, None])
-        actor.fc2.weight.copy_(torch.eye(3 * steps))
-        slope, offset = std * torch.as_tensor(slope), std * torch.as_tensor(offset)
-        actor.fc_control.weight.copy_(torch.stack((slope, -slope, offset), dim=1).reshape(1, -1))
-        actor.fc_control.bias.zero_()
-    return actor
-
-
-def set_delta(actor, delta):
-    """Give a diffusion actor the coefficients delta, (K, action_dim)."""
-    low, high = diffwpo_continuous.DELTA_MIN, diffwpo_continuous.DELTA_MAX
-    with torch.no_grad():
-        actor.delta_logit.copy_(torch.logit((delta - low) / (high - low)))
+        actor.delta_logit.copy_(torch.logit(share)[:, None])
 
 
 def gauss_hermite(dimensions, points=3):

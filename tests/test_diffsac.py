@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import diffsac_continuous as diffsac
-from tests.common import gauss_hermite, log_normal, make_actor, randomise
+from tests.common import gauss_hermite, log_normal, make_actor, randomise, set_delta
 
 ALPHA, CURVATURE, CENTRE, PRIOR_STD = 0.4, 1.7, 0.8, 1.2
 LOG_Z = 0.5 * math.log(2 * math.pi * ALPHA / CURVATURE)
@@ -26,12 +26,6 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-def set_delta(actor, delta):
-    low, high = diffsac.DELTA_MIN, diffsac.DELTA_MAX
-    with torch.no_grad():
-        actor.delta_logit.copy_(torch.logit((torch.tensor(delta) - low) / (high - low))[:, None])
-
-
 def linear_actor(slopes, offsets, delta):
     """An actor whose network is c_k(a) = slope_k a + offset_k (k - 1 is the place in the list).
 
@@ -44,7 +38,7 @@ def linear_actor(slopes, offsets, delta):
         torch.tensor(slopes),
         torch.tensor(offsets),
     )
-    set_delta(actor, delta)
+    set_delta(diffsac, actor, delta)
     bias = torch.full((steps, steps, 3), -silence)
     bias[range(steps), range(steps)] = torch.tensor([0.0, 0.0, 1.0])
     with torch.no_grad():
@@ -113,7 +107,7 @@ def reference_control(actor, obs, latent, k):
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_log_ratio_is_that_of_the_kernel_densities(steps):
     """Equation (6): denoising over noising kernels telescopes into the control's cost."""
-    actor = make_actor(diffsac, low=(-1, -1), diffusion_steps=steps, prior_std=1.5, hidden_dim=16)
+    actor = make_actor(diffsac, action_dim=2, diffusion_steps=steps, prior_std=1.5, hidden_dim=16)
     randomise(actor)
     obs = torch.randn(30, 3)
     torch.manual_seed(3)
@@ -165,7 +159,7 @@ def test_fixed_schedule_is_not_learned():
 def test_partition_function_is_unbiased_for_any_parameters(steps):
     """E[ exp(R / alpha - log-ratio) ] is the integral of exp(R / alpha) over the box of actions."""
     temperature, sizes = 0.7, {"diffusion_steps": steps, "hidden_dim": 16, "delta_last": 0.1}
-    actor = make_actor(diffsac, low=(-1, -1), prior_std=1.2, **sizes)
+    actor = make_actor(diffsac, action_dim=2, prior_std=1.2, **sizes)
     randomise(actor, 0.2)
     grid = torch.linspace(-1, 1, 4001)
     for reward in (lambda a, b: 0 * a, lambda a, b: torch.sin(3 * a) - b**2):
@@ -238,7 +232,7 @@ def test_step_gradients_with_exact_values_add_up_to_the_chains(monkeypatch):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_latent_critic_learns_what_the_chains_brought(steps):
     """Equation (7), one row after another."""
-    actor = make_actor(diffsac, low=(-1, -1), diffusion_steps=steps, hidden_dim=16, prior_std=1.3)
+    actor = make_actor(diffsac, action_dim=2, diffusion_steps=steps, hidden_dim=16, prior_std=1.3)
     randomise(actor)
     obs, q = torch.randn(9, 3), torch.randn(9)
     chain = diffsac.Chain(*(x.detach() for x in actor.chain(obs)))
@@ -266,7 +260,7 @@ def test_latent_critic_learns_what_the_chains_brought(steps):
 def test_rows_outside_of_the_trust_region_are_pulled_back():
     """Equation (9): their gradient is that of 0.3 D alone, whatever slope the critics have."""
     steps, obs, alpha = 4, torch.randn(12, 3), 0.3
-    actor = make_actor(diffsac, low=(-1, -1), diffusion_steps=steps, hidden_dim=16)
+    actor = make_actor(diffsac, action_dim=2, diffusion_steps=steps, hidden_dim=16)
     randomise(actor)
     average = copy.deepcopy(actor)
     randomise(average, 0.1)
@@ -352,7 +346,7 @@ def test_entropy_bound_lies_below_the_entropy_of_the_action():
     """In one dimension, by carrying the density of a^k through the kernels on a grid."""
     actor = make_actor(diffsac, 1, diffusion_steps=3, hidden_dim=16)
     randomise(actor, 0.2)
-    set_delta(actor, [0.1, 0.3, 0.8])
+    set_delta(diffsac, actor, [0.1, 0.3, 0.8])
     grid, zeros = torch.linspace(-12, 12, 2401), torch.zeros(2401, 1)
     dx = (grid[1] - grid[0]).item()
     density = torch.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi)
@@ -394,7 +388,7 @@ def test_mean_action_is_the_chain_without_noise():
 
 def test_actor_is_equivariant_to_the_order_of_action_dimensions(monkeypatch):
     actor, obs = (
-        make_actor(diffsac, low=(-1, -1), diffusion_steps=3, hidden_dim=16),
+        make_actor(diffsac, action_dim=2, diffusion_steps=3, hidden_dim=16),
         torch.randn(6, 3),
     )
     randomise(actor)

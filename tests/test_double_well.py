@@ -1,6 +1,7 @@
 """The reward of the turning double well as a one-state problem with a learned critic: two modes, at a = +-0.5."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import torch
 import diffsac_continuous
 import diffwpo_continuous
 import sac_continuous
-from tests.common import PAIR, actor_loss, make_actor
 
 
 def double_well(action):
@@ -28,49 +28,39 @@ def exact_masses(alpha, bins=40):
 
 
 def train(script, alpha, updates, seed, actor_gradient="chain", **flags):
-    """Fit actor and critics to the one-state problem with the script's own losses; returns the actor."""
+    """Fit actor and critics to the one-state problem with the script's own losses."""
     torch.manual_seed(seed)
     args = script.Args(hidden_dim=64, **flags)
-    actor = make_actor(script, 1, hidden_dim=64, **flags)
-    qf = script.SoftQNetwork(1, 1, args if script in PAIR else 64)
-    by_step = actor_gradient == "step"
-    if by_step:
-        latent_critic, average = script.latent_critic_network(1, 1, args), copy.deepcopy(actor)
-    critics = [*qf.parameters(), *(latent_critic.parameters() if by_step else [])]
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, fused=True)
-    q_optimizer = torch.optim.Adam(critics, lr=1e-3, fused=True)
+    actor, qf = script.Actor(1, 1, args), script.SoftQNetwork(1, 1, args)
+    average, step = copy.deepcopy(actor).requires_grad_(False), actor_gradient == "step"
+    adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
+    actor_optimizer, q_optimizer = adam(actor.parameters()), adam(qf.parameters())
+    if step:
+        vf = script.latent_critic_network(1, 1, args)
+        v_optimizer = adam(vf.parameters())
     obs, ended = torch.zeros(256, 1), torch.ones(256)
     for _ in range(updates):
         with torch.no_grad():  # half of the critics' data from the policy, half uniform
-            chain = actor.chain(obs) if by_step else None
-            action = (actor.outcome(chain) if by_step else actor.sample(obs))[0]
-            played = torch.where(
-                torch.arange(256)[:, None] % 2 == 0, 2 * torch.rand(256, 1) - 1, action
-            )
+            chain = actor.chain(obs) if step else None
+            action = (actor.outcome(chain) if step else actor.sample(obs))[0]
+            uniform = torch.arange(256)[:, None] % 2 == 0
+            played = torch.where(uniform, 2 * torch.rand(256, 1) - 1, action)
             q = qf(obs, action).amin(0)
         batch = script.Batch(obs, obs, played, double_well(played), ended)
-        next_value = [torch.zeros(256), 0.99] if script in PAIR else [batch, alpha, 0.99]
-        arguments = (qf, batch) if script in PAIR else (actor, qf, qf)
-        loss, _ = script.critic_loss(*arguments, *next_value)
-        if by_step:
-            loss = loss + script.latent_critic_loss(actor, latent_critic, chain, q, alpha)
-        q_optimizer.zero_grad()
-        loss.backward()
-        q_optimizer.step()
-        if by_step:
-            networks = (actor, average, qf, latent_critic)
-            loss, *_ = script.step_actor_loss(*networks, chain, alpha, 1.0)
+        script.descend(q_optimizer, script.critic_loss(qf, batch, torch.zeros(256), 0.99)[0])
+        if step:
+            v_loss = script.latent_critic_loss(actor, vf, chain, q, alpha)
+            script.descend(v_optimizer, v_loss, 0.5)
+        if script is diffwpo_continuous:
+            made = script.one_step(actor, qf, vf, chain, alpha) if step else None
+            made = made or script.all_steps(actor, qf, obs, alpha)[0]
+            loss, _ = script.actor_loss(actor, average, made, alpha, args)
+        elif step:
+            loss, _ = script.step_actor_loss(actor, average, qf, vf, chain, alpha, 1.0)
         else:
-            loss, _ = actor_loss(script, actor, qf, obs, alpha)
-        actor_optimizer.zero_grad()
-        loss.backward(inputs=list(actor.parameters()))
-        if by_step:
-            torch.nn.utils.clip_grad_norm_(actor.parameters(), 0.5)
-        actor_optimizer.step()
-        if by_step:
-            with torch.no_grad():
-                for mean, weight in zip(average.parameters(), actor.parameters(), strict=True):
-                    mean.lerp_(weight, 0.005)
+            loss, _ = script.actor_loss(actor, qf, obs, alpha)
+        script.descend(actor_optimizer, loss, 0.5)
+        script.move_towards(average, actor, 0.005)
     return actor
 
 
@@ -102,6 +92,7 @@ def test_gaussian_policy_cannot_fit_two_modes():
         (diffsac_continuous, "chain", 0.2, 1500, 0.12),
         (diffsac_continuous, "step", 0.2, 2500, 0.12),
         (diffwpo_continuous, "chain", 0.2, 1500, 0.12),
+        (diffwpo_continuous, "step", 0.2, 2500, 0.12),
     ],
 )
 def test_diffusion_policy_fits_two_modes(script, actor_gradient, alpha, updates, limit):

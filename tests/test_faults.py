@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 import dime
 import ppo_continuous
 import sac_continuous
-from tests.common import ON_POLICY, PAIR, ROOT, SCRIPTS, SECOND, quiet, run_script
+from tests.common import ON_POLICY, ROOT, SCRIPTS, run_script
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +40,7 @@ def run_flags(script):
         words += " --batch-size 16 --learning-starts 40"
     if "diff" in script.__name__ or script is dime:
         words += " --diffusion-steps 2"
-    return [
-        *words.split(),
-        *quiet(script),
-        *(["--critic-dim", "16", "--v-max", "50"] if script is dime else []),
-    ]
+    return [*words.split(), *(["--critic-dim", "16", "--v-max", "50"] if script is dime else [])]
 
 
 @pytest.fixture
@@ -143,11 +139,7 @@ def test_full_disk_under_the_curves_leaves_the_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordWriter, "write", full)
-        if script in PAIR:
-            assert run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 1000) == 1
-        else:
-            with pytest.raises(OSError, match="No space left"):
-                run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 1000)
+        assert run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 1000) == 1
     assert torch.load(good, weights_only=True)["global_step"] == 300
     assert run_script(monkeypatch, script, "--resume", good, "--total-timesteps", 500) == 0
     events = EventAccumulator(str(good.parent), size_guidance={"scalars": 0})
@@ -208,15 +200,6 @@ def test_environments_that_misbehave_leave_the_last_checkpoint(
         100 if script in ON_POLICY else 40
     )  # the fault comes in the 51st step
     assert all(x.isfinite().all() for x in checkpoint["actor"].values())
-
-
-@pytest.mark.parametrize("script", SECOND, ids=lambda script: script.__name__)
-def test_runs_of_the_same_second_have_folders_of_their_own(script, monkeypatch, tmp_path):
-    moments = iter([1_000_000.0, 1_000_000.0, 1_000_001.0])
-    monkeypatch.setattr(script.time, "time", lambda: next(moments))
-    monkeypatch.setattr(script.time, "sleep", lambda seconds: None)
-    first, second = script.make_run_dir(script.Args()), script.make_run_dir(script.Args())
-    assert first != second and first.is_dir() and second.is_dir()
 
 
 @pytest.mark.parametrize("obstacle", ["file", "read-only"])

@@ -1,18 +1,17 @@
-"""ppo_continuous.py and diffppo_continuous.py: advantages, ratios, gradients, normalisers against plain references."""
+"""ppo and diffppo: advantages, ratios, gradients and normalisers against plain references."""
 
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-import diffppo_continuous
-import ppo_continuous
-from tests.common import ON_POLICY, log_normal, make_actor, randomise
+import diffppo_continuous as diffppo
+import ppo_continuous as ppo
+from tests.common import ON_POLICY, log_normal, make_actor, randomise, run_dirs, scalars, set_delta
 
 GAMMA, LAMBDA, ALPHA = 0.9, 0.7, 0.3
+DELTA_MIN, DELTA_MAX = 1e-4, 0.999
 
 
 @pytest.fixture(autouse=True)
@@ -27,26 +26,30 @@ def make_args(script, **flags):
     return script.Args(hidden_dim=16, gamma=GAMMA, gae_lambda=LAMBDA, alpha=ALPHA, **flags)
 
 
+def make_critic(script, args, obs_dim=2, action_dim=2):
+    inputs = obs_dim + (action_dim + args.diffusion_steps if script is diffppo else 0)
+    return script.mlp(inputs, 1, 16, last_gain=1.0)
+
+
 def random_rollout(script, args, steps=12, envs=3):
-    """An actor, a critic and a rollout with terminations, time limits and episodes that go on, at random."""
-    actor = make_actor(script, 2, low=(-1.0, -0.5), high=(1.0, 3.0), **vars(args))
-    critic = script.Critic(actor.net[0].in_features, args)
+    """Networks and a rollout with terminations, time limits and episodes that go on, at random."""
+    actor, obs_rms = make_actor(script, 2, action_dim=2, **vars(args)), script.RunningMeanStd(2)
     randomise(actor, 0.1)
-    actor.normalizer.update(torch.randn(50, 2) * 3 + 1)
+    obs_rms.update(torch.randn(50, 2) * 3 + 1)
     obs = torch.randn(steps, envs, 2)
     with torch.no_grad():
-        latents = torch.stack([actor(actor.normalizer(row)) for row in obs])
-    ends = (torch.rand(steps, envs) < 0.4).double()
-    terminations = ends * (torch.rand(steps, envs) < 0.5)
-    assert 0 < terminations.sum() < ends.sum() < ends.numel()
-    rollout = script.Rollout(
-        obs, torch.randn(steps, envs, 2), latents, torch.randn(steps, envs), terminations, ends
-    )
-    return actor, critic, rollout
+        latents = torch.stack([actor.latents(obs_rms(row)) for row in obs])
+    dones = (torch.rand(steps, envs) < 0.4).double()
+    terminations = dones * (torch.rand(steps, envs) < 0.5)
+    assert 0 < terminations.sum() < dones.sum() < dones.numel()
+    next_obs, rewards = torch.randn(steps, envs, 2), torch.randn(steps, envs)
+    rollout = script.Rollout(obs, next_obs, latents, rewards, terminations, dones)
+    return actor, make_critic(script, args), obs_rms, rollout
 
 
-def fixed_scaler(scale=1.0):
-    return SimpleNamespace(update=lambda *_: None, scale=lambda: torch.tensor([scale]))
+def make_rows(script, networks, rollout, args, scale=1.0):
+    scaler = SimpleNamespace(update=lambda *_: None, scale=lambda: torch.tensor([scale]))
+    return script.make_rows(*networks, scaler, rollout, args.alpha, args)[0]
 
 
 def loop_advantage(deltas, go_on, t):
@@ -57,148 +60,128 @@ def loop_advantage(deltas, go_on, t):
         weight *= go_on[later]
         if weight == 0:
             break
-    return total
+    return float(total)
 
 
-def test_gae_is_the_discounted_sum_of_errors():
+@pytest.mark.parametrize("script", ON_POLICY)
+def test_gae_is_the_discounted_sum_of_errors(script):
     rewards, values, next_values = torch.randn(3, 20, 4)
-    ends = torch.rand(20, 4) < 0.3
-    discounts, traces = GAMMA * (torch.rand(20, 4) > 0.2), GAMMA * LAMBDA * ~ends
-    for script in ON_POLICY:
-        advantages = script.gae(rewards, values, next_values, discounts, traces)
-        for t in range(20):
-            for env in range(4):
-                deltas = (rewards + discounts * next_values - values)[:, env]
-                assert advantages[t, env].item() == pytest.approx(
-                    loop_advantage(deltas, traces[:, env], t).item()
-                )
+    dones, lambdas = (torch.rand(20, 4) < 0.3).double(), torch.rand(20, 4)
+    discounts = GAMMA * (torch.rand(20, 4) > 0.2)
+    advantages = script.gae(rewards, values, next_values, discounts, lambdas, dones)
+    deltas, traces = rewards + discounts * next_values - values, discounts * lambdas * (1 - dones)
+    for t in range(20):
+        for env in range(4):
+            expected = loop_advantage(deltas[:, env], traces[:, env], t)
+            assert advantages[t, env].item() == pytest.approx(expected)
+
+
+def log_det(latent):
+    return (1 - torch.tanh(latent) ** 2).log().sum()
 
 
 def test_ppo_rows_bootstrap_time_limits_and_stop_at_terminations():
-    args = make_args(ppo_continuous)
-    actor, critic, rollout = random_rollout(ppo_continuous, args)
-    rows, scale = ppo_continuous.training_rows(
-        actor, critic, fixed_scaler(0.4), rollout, args.alpha, args
-    )
-    assert scale == 0.4
-    obs, latents, log_prob, refreshed, returns, values = rows
+    args = make_args(ppo)
+    actor, critic, obs_rms, rollout = random_rollout(ppo, args)
+    rows = make_rows(ppo, (actor, critic, obs_rms), rollout, args, scale=0.4)
     with torch.no_grad():
         std = actor.log_std.exp()
         for env in range(3):
-            deltas, go_on, entropy_terms = [], [], []
+            deltas, go_on, log_probs, values = [], [], [], []
             for t in range(12):
-                x, next_x = (actor.normalizer(o[t, env]) for o in (rollout.obs, rollout.next_obs))
+                x, next_x = obs_rms(rollout.obs[t, env]), obs_rms(rollout.next_obs[t, env])
                 latent = rollout.latents[t, env]
-                slope = actor.action_scale * (1 - torch.tanh(latent) ** 2)
-                reward = rollout.rewards[t, env] - ALPHA * (
-                    log_normal(latent, actor.net(x), std) - slope.log().sum()
-                )
+                log_probs.append(log_normal(latent, actor.net(x), std))
+                reward = rollout.rewards[t, env] - ALPHA * (log_probs[-1] - log_det(latent))
                 alive = 1 - rollout.terminations[t, env]
+                values.append(critic(x).item())
                 deltas.append(0.4 * reward + GAMMA * alive * critic(next_x) - critic(x))
-                go_on.append(GAMMA * LAMBDA * (1 - rollout.ends[t, env]))
-                entropy_terms.append(0.4 * ALPHA * log_normal(latent, actor.net(x), std))
+                go_on.append(GAMMA * LAMBDA * (1 - rollout.dones[t, env]))
             for t in range(12):
-                advantage = loop_advantage(deltas, go_on, t).item()
-                row = t * 3 + env
-                assert refreshed[row].item() == pytest.approx(advantage + entropy_terms[t].item())
-                assert (returns - values)[row].item() == pytest.approx(advantage)
-                torch.testing.assert_close(latents[row], rollout.latents[t, env])
+                advantage, row = loop_advantage(deltas, go_on, t), t * 3 + env
+                own = 0.4 * ALPHA * log_probs[t].item()
+                assert rows.log_prob[row].item() == pytest.approx(log_probs[t].item())
+                assert rows.advantages[row].item() == pytest.approx(advantage + own)
+                assert rows.returns[row].item() == pytest.approx(values[t] + advantage)
+                torch.testing.assert_close(rows.latents[row], rollout.latents[t, env])
+                torch.testing.assert_close(rows.obs[row], obs_rms(rollout.obs[t, env]))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_diffppo_rows_on_the_augmented_axis(steps, monkeypatch):
-    args = make_args(diffppo_continuous, diffusion_steps=steps, prior_std=1.3)
-    actor, critic, rollout = random_rollout(diffppo_continuous, args)
+    args = make_args(diffppo, diffusion_steps=steps, prior_std=1.3)
+    actor, critic, obs_rms, rollout = random_rollout(diffppo, args)
     fresh = torch.randn(12, 3, 2)
     monkeypatch.setattr(torch, "randn_like", lambda x: fresh)
-    rows, _ = diffppo_continuous.training_rows(
-        actor, critic, fixed_scaler(0.4), rollout, args.alpha, args
-    )
-    states, latents, next_latents, k, log_prob, refreshed, returns, values = rows
-    prior_entropy = 2 * (math.log(1.3) + 0.5 * math.log(2 * math.pi * math.e))
+    rows = make_rows(diffppo, (actor, critic, obs_rms), rollout, args, scale=0.4)
+    eye, prior = torch.eye(steps), torch.tensor(1.3)
+    delta = DELTA_MIN + (DELTA_MAX - DELTA_MIN) * actor.delta_logit.sigmoid()
+    decay, free_std = (1 - delta).sqrt(), 1.3 * delta.sqrt()
+    state = lambda obs, latent, k: torch.cat((obs_rms(obs), latent, eye[k - 1]))
     with torch.no_grad():
-        value = lambda o, latent, k: critic(
-            torch.cat((actor.normalizer(o), latent, actor.step_embedding[k - 1]))
-        )  # noqa: E731
         for env in range(3):
-            deltas, go_on, log_ratios = [], [], []
+            deltas, go_on, log_ratios, values = [], [], [], []
             for t in range(12):
-                chain = rollout.latents[t, env]  # a^K ... a^0
-                for i in range(steps):
-                    step_k, latent, following = steps - i, chain[i], chain[i + 1]
-                    std, logit = actor.log_std.exp()[step_k - 1], actor.delta_logit[step_k - 1]
-                    delta = 1e-4 + (1.9 - 1e-4) / (1 + (-logit).exp())
-                    decay, noising_std = 1 - delta / 2, 1.3 * delta.sqrt()
-                    state = torch.cat(
-                        (
-                            actor.normalizer(rollout.obs[t, env]),
-                            latent,
-                            actor.step_embedding[step_k - 1],
-                        )
-                    )
-                    log_q = log_normal(
-                        following, decay * latent + noising_std * actor.net(state), std
-                    )
-                    log_ratios.append(log_q - log_normal(latent, decay * following, noising_std))
+                chain = rollout.latents[t, :, env]  # row k is a^k
+                for k in range(steps, 0, -1):
+                    here = state(rollout.obs[t, env], chain[k], k)
+                    free = decay[k - 1] * chain[k]
+                    mean = free + free_std[k - 1] * actor.net(here)
+                    log_q = log_normal(chain[k - 1], mean, actor.log_std[k - 1].exp())
+                    log_ratios.append(log_q - log_normal(chain[k - 1], free, free_std[k - 1]))
                     reward, discount, trace = -ALPHA * log_ratios[-1], 1.0, 1.0
-                    if step_k > 1:
-                        next_value = value(rollout.obs[t, env], following, step_k - 1)
+                    if k > 1:
+                        following = state(rollout.obs[t, env], chain[k - 1], k - 1)
                     else:
-                        slope = actor.action_scale * (1 - torch.tanh(following) ** 2)
-                        reward += rollout.rewards[t, env] + ALPHA * (
-                            prior_entropy + slope.log().sum()
-                        )
+                        end = log_normal(chain[0], 0.0, prior) - log_det(chain[0])
+                        reward = reward + rollout.rewards[t, env] - ALPHA * end
                         discount = GAMMA * (1 - rollout.terminations[t, env])
-                        trace = GAMMA * LAMBDA * (1 - rollout.ends[t, env])
-                        if rollout.ends[t, env] or t == 11:
-                            next_value = value(rollout.next_obs[t, env], 1.3 * fresh[t, env], steps)
+                        trace = GAMMA * LAMBDA * (1 - rollout.dones[t, env])
+                        if rollout.dones[t, env] or t == 11:
+                            first = rollout.next_obs[t, env], 1.3 * fresh[t, env]
                         else:
-                            next_value = value(
-                                rollout.obs[t + 1, env], rollout.latents[t + 1, env, 0], steps
-                            )
-                    deltas.append(
-                        0.4 * reward
-                        + discount * next_value
-                        - value(rollout.obs[t, env], latent, step_k)
-                    )
+                            first = rollout.obs[t + 1, env], rollout.latents[t + 1, steps, env]
+                        following = state(*first, steps)
+                    values.append(critic(here).item())
+                    deltas.append(0.4 * reward + discount * critic(following) - critic(here))
                     go_on.append(trace)
-                    row = (t * 3 + env) * steps + i
-                    assert k[row] == step_k and log_prob[row].item() == pytest.approx(log_q.item())
-                    torch.testing.assert_close(states[row], state)
-            for t in range(12):
-                for i in range(steps):
-                    advantage = loop_advantage(deltas, go_on, t * steps + i).item()
-                    row = (t * 3 + env) * steps + i
-                    assert (returns - values)[row].item() == pytest.approx(advantage)
-                    expected = advantage + 0.4 * ALPHA * log_ratios[t * steps + i].item()
-                    assert refreshed[row].item() == pytest.approx(expected)
+                    row = (t * steps + steps - k) * 3 + env
+                    assert rows.k[row] == k
+                    assert rows.log_prob[row].item() == pytest.approx(log_q.item())
+                    ours = rows.obs[row], rows.latents[row], rows.next_latents[row]
+                    expected = obs_rms(rollout.obs[t, env]), chain[k], chain[k - 1]
+                    for x, y in zip(ours, expected, strict=True):
+                        torch.testing.assert_close(x, y)
+            for i in range(12 * steps):
+                advantage, row = loop_advantage(deltas, go_on, i), i * 3 + env
+                assert rows.returns[row].item() == pytest.approx(values[i] + advantage)
+                own = 0.4 * ALPHA * log_ratios[i].item()
+                assert rows.advantages[row].item() == pytest.approx(advantage + own)
 
 
 @pytest.mark.parametrize("script", ON_POLICY)
 def test_exact_soft_values_have_errors_of_mean_zero(script):
-    """Two states that alternate, rewards 1 and 3: with the exact soft value of the policy every error has mean zero."""
+    """Two states that alternate, rewards 1 and 3, and the exact soft value of the policy."""
     args = make_args(script)
-    args.gae_lambda = 0.0
-    actor = make_actor(script, 2, low=(-2.0,), high=(1.0,), **vars(args))
+    args.gae_lambda, steps = 0.0, getattr(args, "diffusion_steps", 1)
+    actor, obs_rms = make_actor(script, 2, **vars(args)), script.RunningMeanStd(2, enabled=False)
     randomise(actor, 0.1)
     states = torch.eye(2)
     with torch.no_grad():
-        entropy = torch.stack(
-            [-actor.sample(states[i].expand(100_000, 2))[1].mean() for i in range(2)]
-        )
-    soft = torch.tensor([1.0, 3.0]) + ALPHA * entropy
+        samples = [actor.sample(states[i].expand(100_000, 2))[1] for i in range(2)]
+    soft = torch.tensor([1.0, 3.0]) - ALPHA * torch.stack([x.mean() for x in samples])
     exact = torch.stack([soft[i] + GAMMA * soft[1 - i] for i in range(2)]) / (1 - GAMMA**2)
     which = torch.arange(2).repeat(20_000)[:, None]  # 40,000 steps of one environment
     zeros = torch.zeros(40_000, 1)
     with torch.no_grad():
-        latents = actor(actor.normalizer(states[which[:, 0]]))[:, None]
-    rollout = script.Rollout(
-        states[which], states[1 - which], latents, 1.0 + 2.0 * which, zeros, zeros
-    )
-    value_of = lambda x: exact[x[..., :2].argmax(-1)]  # noqa: E731  (of the state alone: exact where a chain begins)
-    rows, _ = script.training_rows(actor, value_of, fixed_scaler(), rollout, args.alpha, args)
-    errors = (rows[-2] - rows[-1]).view(40_000, -1)[:, 0]  # of step K: the sum over the chain
-    assert errors.std() > 0.05
+        latents = actor.latents(states[which[:, 0]])  # PPO (T, 1), DiffPPO (K + 1, T, 1)
+    latents = latents[:, None] if script is ppo else latents.transpose(0, 1)[:, :, None]
+    steps_of = states[which], states[1 - which], latents, 1.0 + 2.0 * which, zeros, zeros
+    # of the state alone: exact where a chain begins
+    value_of = lambda x: exact[x[..., :2].argmax(-1)][..., None]
+    rows = make_rows(script, (actor, value_of, obs_rms), script.Rollout(*steps_of), args)
+    errors = (rows.returns - value_of(rows.obs)[..., 0]).view(40_000, steps)[:, 0]
+    assert errors.std() > 0.05  # of step K: the sum over the chain
     assert errors.mean().item() == pytest.approx(0, abs=5 * errors.std().item() / 200 + 0.02)
 
 
@@ -206,175 +189,167 @@ def test_exact_soft_values_have_errors_of_mean_zero(script):
 def test_ratios_are_one_in_the_first_minibatch(script):
     torch.set_default_dtype(torch.float32)
     args = make_args(script)
-    actor, critic, rollout = random_rollout(script, args)
+    actor, critic, obs_rms, rollout = random_rollout(script, args)
     rollout = script.Rollout(*(x.float() for x in rollout))
-    rows, _ = script.training_rows(actor, critic, fixed_scaler(), rollout, args.alpha, args)
-    *steps, old_log_prob, advantages, _, _ = (x[:7] for x in rows)
-    log_prob = actor.log_density(*steps)
-    log_prob = log_prob if isinstance(log_prob, torch.Tensor) else log_prob[0]
-    _, ratio = script.policy_loss(log_prob, old_log_prob, advantages, 0.2)
-    torch.testing.assert_close(ratio, torch.ones(7), rtol=0, atol=2e-5)
+    rows = script.Rows(*(x[:7] for x in make_rows(script, (actor, critic, obs_rms), rollout, args)))
+    _, metrics = script.ppo_loss(actor, critic, rows, torch.tensor(ALPHA), args)
+    assert metrics["losses/approx_kl"].abs().max() < 1e-9 and not metrics["losses/clipfrac"].any()
 
 
 def test_clipped_loss_on_known_numbers():
     log_prob = torch.tensor([0.0, 0.5, 0.5, -0.5, -0.5]).requires_grad_()
     advantages = torch.tensor([1.0, 2.0, -2.0, 2.0, -2.0])
     for script in ON_POLICY:
-        loss, ratio = script.policy_loss(log_prob, torch.zeros(5), advantages, 0.2)
+        loss, ratio = script.actor_loss(log_prob, torch.zeros(5), advantages, 0.2)
         expected = [1.0, 1.2 * 2, -math.exp(0.5) * 2, math.exp(-0.5) * 2, -0.8 * 2]
         assert loss.item() == pytest.approx(-sum(expected) / 5)
         (gradient,) = torch.autograd.grad(loss, log_prob)
         flows = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
         torch.testing.assert_close(gradient, -flows * ratio.detach() * advantages / 5)
-    log_noising = torch.zeros(5, requires_grad=True)
-    diffppo_continuous.noising_loss(log_noising, ratio, advantages, 0.2, 0.7).backward()
-    torch.testing.assert_close(log_noising.grad, -0.7 * flows * ratio.detach() / 5)
+    log_n = torch.zeros(5, requires_grad=True)
+    diffppo.free_step_loss(log_n, ratio, advantages, 0.2, 0.7).backward()
+    torch.testing.assert_close(log_n.grad, -0.7 * flows * ratio.detach() / 5)
 
 
-@pytest.mark.parametrize("norm_adv", [False, True])
-def test_gradient_at_the_old_policy_is_equation_10(norm_adv):
-    """At theta_old: -mean(A grad log q) - alpha mean(grad log pi), standardised alike, and by finite differences."""
-    args = make_args(
-        diffppo_continuous, diffusion_steps=3, norm_adv=norm_adv, vf_coef=0.0, ent_coef=0.25
-    )
-    actor, critic, rollout = random_rollout(diffppo_continuous, args)
-    rows, _ = diffppo_continuous.training_rows(
-        actor, critic, fixed_scaler(), rollout, args.alpha, args
-    )
-    *steps, _, _, returns, values = rows
-    advantages = returns - values  # at theta_old the refreshed entropy term is the stored one
-    mean, spread = (advantages.mean(), advantages.std()) if norm_adv else (0.0, 1.0)
-
-    def objective():
-        log_prob, log_noising = actor.log_density(*steps)
-        entropy = (0.5 * torch.log(2 * math.pi * math.e * actor.std() ** 2)).sum(1).mean()
-        surrogate = (
-            -((advantages - mean) / spread * log_prob).mean() - ALPHA / spread * log_noising.mean()
-        )
-        return surrogate - 0.25 * entropy
-
-    loss = diffppo_continuous.ppo_loss(actor, critic, rows, ALPHA, args)[0]
-    parameters = [actor.delta_logit, actor.net[0].weight, actor.net[4].bias, actor.log_std]
-    gradients = torch.autograd.grad(loss, parameters)
-    for ours, expected in zip(gradients, torch.autograd.grad(objective(), parameters), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
-    h = 1e-5
-    for row, column in ((0, 0), (2, 1)):
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                actor.delta_logit[row, column] += sign * h
-                values.append(objective().item())
-                actor.delta_logit[row, column] -= sign * h
-        assert gradients[0][row, column].item() == pytest.approx(
-            (values[0] - values[1]) / (2 * h), rel=1e-5
-        )
-
-
-@pytest.mark.parametrize("norm_adv", [False, True])
-def test_ppo_loss_at_the_old_policy(norm_adv):
-    args = make_args(ppo_continuous, norm_adv=norm_adv, ent_coef=0.25)
-    actor, critic, rollout = random_rollout(ppo_continuous, args)
-    rows, _ = ppo_continuous.training_rows(actor, critic, fixed_scaler(), rollout, args.alpha, args)
-    obs, latents, _, _, returns, values = rows
-    advantages = returns - values
-    if norm_adv:
-        advantages = (advantages - advantages.mean()) / advantages.std()
-    entropy = torch.distributions.Normal(0.0, actor.log_std.exp()).entropy().sum()
-    expected = -(advantages * actor.log_density(obs, latents)).mean() - 0.25 * entropy
-    expected = expected + 0.5 * 0.5 * (critic(obs) - returns).square().mean()
-    loss, metrics = ppo_continuous.ppo_loss(actor, critic, rows, ALPHA, args)
-    parameters = [actor.log_std, actor.net[0].weight, critic.net[2].weight]
-    for ours, reference in zip(
-        *(torch.autograd.grad(x, parameters) for x in (loss, expected)), strict=True
-    ):
-        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-7)
-    assert metrics["entropy"].item() == pytest.approx(entropy.item()) and metrics["clipfrac"] == 0
-
-
-def test_first_schedule_ends_with_the_smallest_noise():
-    actor = make_actor(
-        diffppo_continuous, diffusion_steps=5, delta_first=1.0, delta_last=0.01, prior_std=2.0
-    )
-    expected = 2 * torch.tensor([0.01, 0.01**0.75, 0.1, 0.01**0.25, 1.0]).sqrt()
-    torch.testing.assert_close(actor.std()[:, 0], expected)
-    torch.testing.assert_close(actor.order, torch.arange(5, 0, -1))
-
-
-def test_path_log_ratio_of_diffppo_is_that_of_its_kernels():
-    args = make_args(diffppo_continuous, diffusion_steps=4, prior_std=0.8)
-    actor, _, rollout = random_rollout(diffppo_continuous, args)
-    torch.manual_seed(3)
-    action, log_ratio = actor.sample(rollout.obs[0])
-    torch.manual_seed(3)
-    chains = actor(actor.normalizer(rollout.obs[0]))
-    log_prob, log_noising = actor.log_density(
-        *actor.chain(actor.normalizer(rollout.obs[0]), chains)
-    )
-    slope = actor.action_scale * (1 - torch.tanh(chains[:, -1]) ** 2)
-    expected = (
-        log_normal(chains[:, 0], 0.0, torch.tensor(0.8))
-        + (log_prob - log_noising).sum(1)
-        - slope.log().sum(1)
-    )
-    torch.testing.assert_close(log_ratio, expected)
-    torch.testing.assert_close(
-        action, torch.tanh(chains[:, -1]) * actor.action_scale + actor.action_bias
-    )
-    with (
-        torch.no_grad()
-    ):  # unbiased for the volume of the action box, 2 times 3.5, whatever the parameters
-        weight = torch.exp(-actor.sample(rollout.obs[0, :1].expand(400_000, 2))[1])
-    error = weight.std().item() / 400_000**0.5
-    assert error < 0.2 and weight.mean().item() == pytest.approx(7.0, abs=5 * error)
+def advantages_of(script, critic, rows, steps):
+    """At the policy of the rollout: A of (2), recovered from the returns."""
+    states = rows.obs
+    if script is diffppo:
+        states = script.augment(rows.obs, rows.latents, rows.k, steps)
+    return rows.returns - critic(states)[:, 0].detach()
 
 
 @pytest.mark.parametrize("script", ON_POLICY)
-def test_running_normalizer_and_return_scaler(script):
-    normalizer, data = (
-        script.RunningNormalizer(3),
-        torch.randn(100, 3) * torch.tensor([1.0, 5.0, 0.1]) + 7,
-    )
-    for rows in (data[:1], data[1:40], data[40:]):
-        normalizer.update(rows)
-    torch.testing.assert_close(normalizer.mean, data.mean(0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(normalizer.var, data.var(0, unbiased=False), rtol=1e-3, atol=1e-3)
-    before = normalizer.state_dict()["mean"].clone()
-    expected = ((data - normalizer.mean) / normalizer.var.sqrt()).clamp(-10, 10)
-    torch.testing.assert_close(normalizer(data), expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(normalizer.mean, before)
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_gradient_at_the_old_policy(script, norm_adv):
+    """-mean(A grad log q), and for DiffPPO -alpha mean(grad log n), standardised alike."""
+    args = make_args(script, norm_adv=norm_adv)
+    actor, critic, obs_rms, rollout = random_rollout(script, args)
+    rows = make_rows(script, (actor, critic, obs_rms), rollout, args)
+    advantages = advantages_of(script, critic, rows, getattr(args, "diffusion_steps", 1))
+    mean, spread = (advantages.mean(), advantages.std()) if norm_adv else (0.0, 1.0)
+    standardised = (advantages - mean) / spread
 
-    scaler, rewards = script.ReturnScaler(2, GAMMA), torch.randn(30, 2)
-    ends = (torch.rand(30, 2) < 0.2).double()
-    scaler.update(rewards[:17], ends[:17])
-    scaler.update(rewards[17:], ends[17:])
-    sums = np.zeros((30, 2))
-    for env in range(2):
-        total = 0.0
-        for t in range(30):
-            total = GAMMA * total + rewards[t, env].item()
-            sums[t, env] = total
-            total *= 1 - ends[t, env].item()
-    assert scaler.scale().item() == pytest.approx(1 / sums.std(), rel=1e-3)
+    def objective():
+        if script is ppo:
+            return -(standardised * actor.log_prob(rows.obs, rows.latents)).mean()
+        log_q, log_n = actor.log_prob(rows.obs, rows.k, rows.latents, rows.next_latents)
+        return -(standardised * log_q).mean() - ALPHA / spread * log_n.mean()
+
+    loss, metrics = script.ppo_loss(actor, critic, rows, torch.tensor(ALPHA), args)
+    weights = [actor.log_std, actor.net[0].weight, actor.net[4].bias]
+    weights += [actor.delta_logit] if script is diffppo else []
+    ours = torch.autograd.grad(loss, weights, retain_graph=True)
+    for mine, expected in zip(ours, torch.autograd.grad(objective(), weights), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+    assert metrics["losses/clipfrac"].sum() == 0
+    value_loss = 0.5 * 0.5 * advantages.square().mean()  # vf_coef, and (5)
+    assert (loss - metrics["losses/actor_loss"]).item() == pytest.approx(value_loss.item())
+    mine = torch.autograd.grad(loss, critic[0].weight)[0]
+    assert mine.abs().max() > 0
+    if script is diffppo:
+        h, values = 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                actor.delta_logit[2, 1] += sign * h
+                values.append(objective().item())
+                actor.delta_logit[2, 1] -= sign * h
+        difference = (values[0] - values[1]) / (2 * h)
+        assert ours[3][2, 1].item() == pytest.approx(difference, rel=1e-5)
+
+
+def test_own_entropy_follows_the_current_policy():
+    """Equation (4): after the policy has moved, A' holds the log-probability of now."""
+    args = make_args(ppo, norm_adv=False)
+    actor, critic, obs_rms, rollout = random_rollout(ppo, args)
+    rows = make_rows(ppo, (actor, critic, obs_rms), rollout, args)
+    advantages = advantages_of(ppo, critic, rows, 1)
+    randomise(actor, 0.01)
+    log_prob = actor.log_prob(rows.obs, rows.latents).detach()
+    refreshed = advantages + ALPHA * (rows.log_prob - log_prob)
+    ratio = (log_prob - rows.log_prob).exp()
+    expected = -torch.min(ratio * refreshed, ratio.clamp(0.8, 1.2) * refreshed).mean()
+    _, metrics = ppo.ppo_loss(actor, critic, rows, torch.tensor(ALPHA), args)
+    torch.testing.assert_close(metrics["losses/actor_loss"].detach(), expected)
+    assert (log_prob - rows.log_prob).abs().max() > 0.01
+
+
+def test_first_policy_is_the_squashed_prior():
+    flags = {"diffusion_steps": 5, "delta_first": 0.9, "delta_last": 0.01, "prior_std": 2.0}
+    actor = make_actor(diffppo, **flags)
+    expected = 2 * torch.tensor([0.01 * 90 ** (i / 4) for i in range(5)]).sqrt()
+    torch.testing.assert_close(actor.log_std.exp()[:, 0], expected)
+    torch.testing.assert_close(actor.free_steps()[1][:, 0], expected)
+    with torch.no_grad():
+        latents, log_ratio = actor.latents(torch.zeros(20_000, 3)), actor.sample(torch.zeros(9, 3))
+        assert latents[0].std().item() == pytest.approx(2, rel=0.02)
+        latent = torch.atanh(log_ratio[0])
+    expected = log_normal(latent, 0.0, torch.tensor(2.0)) - torch.stack(
+        [log_det(x) for x in latent]
+    )
+    torch.testing.assert_close(log_ratio[1], expected)
+
+
+def test_log_ratio_telescopes_to_the_noising_kernels():
+    """(8) is log q of the chain minus log of the exact noising from a^0: detailed balance."""
+    actor = make_actor(diffppo, action_dim=2, diffusion_steps=4, prior_std=0.8, hidden_dim=16)
+    randomise(actor, 0.2)
+    obs = torch.randn(30, 3)
+    torch.manual_seed(3)
+    action, log_ratio = actor.sample(obs)
+    torch.manual_seed(3)
+    latents = actor.latents(obs)
+    expected = log_normal(latents[4], 0.0, torch.tensor(0.8))
+    decay, free_std = actor.free_steps()
+    for k in range(4, 0, -1):
+        mean = actor.mean(obs, latents[k], torch.full((30,), k))
+        expected = expected + log_normal(latents[k - 1], mean, actor.log_std[k - 1].exp())
+        noised = decay[k - 1] * latents[k - 1]
+        expected = expected - log_normal(latents[k], noised, free_std[k - 1])
+    expected = expected - torch.stack([log_det(x) for x in latents[0]])
+    torch.testing.assert_close(log_ratio, expected)
+    torch.testing.assert_close(action, torch.tanh(latents[0]))
+    zero = torch.zeros(30, 2)
+    for k in range(4, 0, -1):
+        zero = actor.mean(obs, zero, torch.full((30,), k))
+    torch.testing.assert_close(actor.mean_action(obs), torch.tanh(zero))
+
+
+def test_partition_function_is_unbiased_for_any_parameters():
+    """Exp of minus (8) has the area of the box as its mean."""
+    actor = make_actor(diffppo, 1, action_dim=1, diffusion_steps=3, hidden_dim=16, prior_std=1.2)
+    set_delta(diffppo, actor, [0.2, 0.4, 0.8])
+    with torch.no_grad():
+        actor.log_std.copy_((1.1 * actor.free_steps()[1]).log())
+        for weight in actor.net.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+        weight = (-actor.sample(torch.zeros(400_000, 1))[1]).exp()
+    error = (weight.std() / len(weight) ** 0.5).item()
+    assert error < 0.02 and weight.mean().item() == pytest.approx(2, abs=5 * error)
+
+
+@pytest.mark.parametrize("script", ON_POLICY)
+def test_return_scaler(script):
+    scaler, gamma = script.ReturnScaler(2, 0.9), 0.9
+    rewards, dones = torch.randn(300, 2) * 3, (torch.rand(300, 2) < 0.1).double()
+    for part in ((0, 100), (100, 300)):
+        scaler.update(rewards[slice(*part)], dones[slice(*part)])
+    sums, current = [], torch.zeros(2)
+    for reward, done in zip(rewards, dones, strict=True):
+        current = gamma * current + reward
+        sums.append(current)
+        current = current * (1 - done)
+    variance = torch.stack(sums).var(correction=0)
+    torch.testing.assert_close(scaler.scale()[0], 1 / variance.sqrt(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("script", ON_POLICY)
 def test_learns_to_take_the_action_that_pays(script, monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["script"])
-    args = script.Args(
-        env_id="tests.scripted_env:PaysTheAction-v0",
-        total_timesteps=24_576,
-        learning_rate=1e-3,
-        seed=1,
-    )
-    args.hidden_dim, args.progress, args.eval_frequency = 32, False, 0
-    script.main(args)
-    checkpoint = torch.load(next(tmp_path.glob("runs/*/checkpoint.pt")), weights_only=True)
-    actor = make_actor(script, 1, hidden_dim=32)
-    actor.load_state_dict(checkpoint["actor"])
-    thunks = [script.make_env(args.env_id, 1, i, False, "") for i in range(3)]
-    envs = SyncVectorEnv(thunks, autoreset_mode=AutoresetMode.SAME_STEP)
-    score = script.evaluate(actor, envs, 1, torch.device("cpu"))["episodic_return"].mean()
-    assert score > 8, score  # of 20; 0 +- 1.3 at random
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    flags = {"num_steps": 64, "num_minibatches": 4, "learning_rate": 3e-3, "eval_episodes": 2}
+    flags |= {"env_id": "tests.scripted_env:PaysTheAction-v0", "total_timesteps": 12_000}
+    script.main(script.Args(eval_frequency=0, **flags))
+    (_, value) = scalars(run_dirs(tmp_path)[0], "eval/episodic_return_mean_action")[-1]
+    assert value > 15  # of 20; 0 at first

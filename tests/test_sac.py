@@ -1,12 +1,15 @@
-"""sac_continuous.py: the density of the squashed Gaussian, the losses, the twin critics."""
+"""The tanh-Gaussian policies of sac, wpo and ppo; SAC's losses in all scripts that have them."""
 
 import math
 
 import pytest
 import torch
 
+import diffsac_continuous as diffsac
+import ppo_continuous as ppo
 import sac_continuous as sac
-from tests.common import PAIR, make_actor, randomise
+import wpo_continuous as wpo
+from tests.common import OFF_POLICY, SCRIPTS, TWINS, make_actor, randomise
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +24,14 @@ def make_critics(script, obs_dim=3, action_dim=2, hidden_dim=16):
     return script.SoftQNetwork(obs_dim, action_dim, script.Args(hidden_dim=hidden_dim))
 
 
-def test_log_prob_is_the_density_by_a_numerical_jacobian():
-    actor, obs, h = make_actor(sac, low=(-1.0,) * 3, hidden_dim=16), torch.randn(20, 3), 1e-4
+@pytest.mark.parametrize("script", [sac, wpo, ppo])
+def test_log_prob_is_the_density_by_a_numerical_jacobian(script):
+    actor, obs, h = make_actor(script, action_dim=3, hidden_dim=16), torch.randn(20, 3), 1e-4
     randomise(actor, 0.1)
     torch.manual_seed(1)
     action, log_prob = actor.sample(obs)
     torch.manual_seed(1)
-    mean, log_std = actor(obs)
+    mean, log_std = (actor.net(obs), actor.log_std) if script is ppo else actor(obs)
     latent = mean + log_std.exp() * torch.randn_like(mean)
     slope = (torch.tanh(latent + h) - torch.tanh(latent - h)) / (2 * h)  # the Jacobian is diagonal
     normal = torch.distributions.Normal(mean, log_std.exp()).log_prob(latent)
@@ -36,12 +40,12 @@ def test_log_prob_is_the_density_by_a_numerical_jacobian():
     torch.testing.assert_close(actor.mean_action(obs), torch.tanh(mean))
 
 
-def test_squash_is_finite_for_extreme_latents():
-    for script in PAIR:
-        action, log_det = script.squash(torch.tensor([[-40.0], [0.0], [40.0]]).float())
-        assert action[:, 0].tolist() == [-1, 0, 1]
-        end = math.log(4) - 80  # log(1 - tanh(40)^2), far below the smallest float32 slope
-        torch.testing.assert_close(log_det, torch.tensor([end, 0.0, end]).float())
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_squash_is_finite_for_extreme_latents(script):
+    action, log_det = script.squash(torch.tensor([[-40.0], [0.0], [40.0]]).float())
+    assert action[:, 0].tolist() == [-1, 0, 1]
+    end = math.log(4) - 80  # log(1 - tanh(40)^2), far below the smallest float32 slope
+    torch.testing.assert_close(log_det, torch.tensor([end, 0.0, end]).float())
 
 
 def test_twin_critics_are_two_separate_networks():
@@ -54,7 +58,7 @@ def test_twin_critics_are_two_separate_networks():
     assert not torch.allclose(*qf(obs, actions))
 
 
-@pytest.mark.parametrize("script", PAIR)
+@pytest.mark.parametrize("script", TWINS)
 def test_critic_loss_is_the_soft_bellman_error(script):
     qf, ended = make_critics(script), torch.tensor([0.0, 1.0, 0.0, 1.0])
     batch = script.Batch(torch.randn(4, 3), None, torch.rand(4, 2), torch.randn(4), ended)
@@ -67,7 +71,7 @@ def test_critic_loss_is_the_soft_bellman_error(script):
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("script", PAIR)
+@pytest.mark.parametrize("script", [sac, diffsac])
 def test_actor_loss_uses_the_smaller_critic(script):
     actor, obs = make_actor(script), torch.randn(50, 3)
     randomise(actor)
@@ -80,7 +84,7 @@ def test_actor_loss_uses_the_smaller_critic(script):
     torch.testing.assert_close(loss, (0.7 * expected + action[:, 0].abs()).mean())
 
 
-@pytest.mark.parametrize("script", PAIR)
+@pytest.mark.parametrize("script", OFF_POLICY)
 def test_temperature_rises_while_the_entropy_is_below_its_target(script):
     # target -2; gradient descent moves against the sign
     for entropy, sign in ((-3.0, -1), (-2.0, 0), (-1.0, 1)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sac_continuous
-from tests.common import SCRIPTS, make_actor, randomise, run_script, save_policy
+from tests.common import SCRIPTS, make_actor, make_args, randomise, run_script, save_policy
 from tools import enjoy, plot
 
 FLAGS = "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 40 --hidden-dim 16 --eval-episodes 2".split()
@@ -177,9 +177,9 @@ def test_a_metric_that_no_file_has_is_refused(tmp_path):
 def test_enjoy_evaluates_a_checkpoint_of_any_script(script, monkeypatch, tmp_path, capsys):
     """The scripted environment pays 1 + 2 + 3 + 4 + 5 in its first episode, whatever the policy does."""
     monkeypatch.chdir(tmp_path)
-    actor = make_actor(script, 2, hidden_dim=16)
-    args = script.Args(env_id="tests.scripted_env:Scripted-v0", hidden_dim=16)
-    save_policy(script, tmp_path / "checkpoint.pt", args, actor, global_step=7)
+    args = make_args(script, env_id="tests.scripted_env:Scripted-v0", hidden_dim=16)
+    actor = script.Actor(2, 1, args)
+    save_policy(script, tmp_path / "checkpoint.pt", args, actor, global_step=7, obs_dim=2)
     for mean_action in (False, True):
         enjoy.main(enjoy.Args(tmp_path / "checkpoint.pt", episodes=1, mean_action=mean_action))
         out = json.loads(capsys.readouterr().out)
@@ -196,7 +196,7 @@ def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, cap
         actor.fc_mean.weight.zero_()
         actor.fc_mean.bias.fill_(0.5)
     args = sac_continuous.Args(env_id="tests.scripted_env:PaysTheAction-v0", hidden_dim=16)
-    save_policy(sac_continuous, tmp_path / "checkpoint.pt", args, actor)
+    save_policy(sac_continuous, tmp_path / "checkpoint.pt", args, actor, obs_dim=1)
     enjoy.main(enjoy.Args(tmp_path / "checkpoint.pt", episodes=2, mean_action=True))
     assert json.loads(capsys.readouterr().out)["returns"] == pytest.approx(
         [20 * np.tanh(0.5)] * 2, rel=1e-5

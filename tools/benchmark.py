@@ -120,8 +120,6 @@ class Cell:
             else:
                 subprocess.run(["rm", "-rf", self.folder / "runs"], check=True)
             command = [sys.executable, str(self.script), *flags]
-            if " progress: bool" in self.script.read_text():  # the second edition's scripts
-                command.append("--no-progress")
             before, start = status.get("seconds", 0.0), time.time()
             self.record(state="running", code=None, seconds=before)
             with open(self.folder / "log.txt", "a") as log:

@@ -18,22 +18,14 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+DIFFUSION = "the Gaussian policy becomes a diffusion policy"
+WASSERSTEIN = "another step of the actor: the Wasserstein flow, and a bound on how far it goes"
 EDGES = (
-    (
-        "sac_continuous.py",
-        "diffsac_continuous.py",
-        "the Gaussian policy becomes a diffusion policy",
-    ),
-    (
-        "ppo_continuous.py",
-        "diffppo_continuous.py",
-        "the Gaussian policy becomes a diffusion policy",
-    ),
-    (
-        "wpo_continuous.py",
-        "diffwpo_continuous.py",
-        "the Gaussian policy becomes a diffusion policy",
-    ),
+    ("sac_continuous.py", "diffsac_continuous.py", DIFFUSION),
+    ("wpo_continuous.py", "diffwpo_continuous.py", DIFFUSION),
+    ("ppo_continuous.py", "diffppo_continuous.py", DIFFUSION),
+    ("sac_continuous.py", "wpo_continuous.py", WASSERSTEIN),
+    ("diffsac_continuous.py", "diffwpo_continuous.py", WASSERSTEIN),
 )
 CONTEXT = 3
 STYLE = """

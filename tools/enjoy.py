@@ -42,26 +42,15 @@ class Args:
     "another environment with the same spaces, such as the -v5 of a -v4"
 
 
-def flat(env):
-    """An environment as the second edition sees it."""
-    is_dict = isinstance(env.observation_space, gym.spaces.Dict)
-    return gym.wrappers.FlattenObservation(env) if is_dict else env
-
-
 class Normalised:
-    """An actor of the third edition on observations as the environment gives them."""
+    """The methods of an actor, on observations as the environment gives them."""
 
     def __init__(self, actor, obs_rms):
         self.actor, self.obs_rms = actor, obs_rms
 
-    def sample(self, obs):
-        return self.actor.sample(self.obs_rms(obs))
-
-    def mean_action(self, obs):
-        return self.actor.mean_action(self.obs_rms(obs))
-
-    def chain(self, obs):
-        return self.actor.chain(self.obs_rms(obs))
+    def __getattr__(self, name):
+        method = getattr(self.actor, name)
+        return lambda obs: method(self.obs_rms(obs))
 
 
 def load_actor(path):
@@ -75,25 +64,17 @@ def load_actor(path):
     module = importlib.import_module(script)
     checkpoint = module.load_checkpoint(path)
     args = checkpoint["args"]
-    if hasattr(module, "Interface"):  # the third edition
-        envs = module.make_envs(args.env_id, 1)
-        obs_dim, action_dim = (
-            envs.single_observation_space.shape[0],
-            envs.single_action_space.shape[0],
-        )
-        actor, obs_rms = (
-            module.Actor(obs_dim, action_dim, args),
-            module.RunningMeanStd(obs_dim, args.normalize_obs),
-        )
-        actor.load_state_dict(checkpoint["actor"])
-        obs_rms.load_state_dict(checkpoint["obs_rms"])
-        envs.close()
-        return Normalised(actor, obs_rms), checkpoint, module.Interface
-    env = module.make_env(args.env_id, 0, 0, False, "")()
-    actor = module.Actor(env.observation_space, env.action_space, args)
-    env.close()
+    envs = module.make_envs(args.env_id, 1)
+    obs_dim, action_dim = (
+        envs.single_observation_space.shape[0],
+        envs.single_action_space.shape[0],
+    )
+    envs.close()
+    actor = module.Actor(obs_dim, action_dim, args)
+    obs_rms = module.RunningMeanStd(obs_dim, args.normalize_obs)
     actor.load_state_dict(checkpoint["actor"])
-    return actor, checkpoint, flat
+    obs_rms.load_state_dict(checkpoint["obs_rms"])
+    return Normalised(actor, obs_rms), checkpoint, module.Interface
 
 
 def main(args: Args):

@@ -268,11 +268,10 @@ def table(
 
 def chain_latents(actor, obs):
     """Latents a^0 ... a^K of any diffusion actor, (K + 1, count)."""
-    if not hasattr(actor, "action_scale"):  # the third edition
-        return actor.chain(obs).latents[..., 0]
-    if hasattr(actor, "normalizer"):
-        return actor(actor.normalizer(obs))[..., 0].T.flip(0)
-    return actor(obs)[0][..., 0]
+    if hasattr(actor, "latents"):
+        return actor.latents(obs)[..., 0]
+    chain = actor.chain(obs)
+    return getattr(chain, "latents", chain[0])[..., 0]
 
 
 def save(drawing, path):

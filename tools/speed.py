@@ -97,8 +97,6 @@ def measure_script(command, args):
     flags += f"--env-id {args.env_id} --total-timesteps {args.steps} --device {args.device}".split()
     flags += [] if "ppo" in name else ["--learning-starts", str(STARTS)]
     flags += "--eval-frequency 0 --eval-episodes 1 --checkpoint-frequency 0 --compile".split()
-    if " progress: bool" in (ROOT / f"{name}.py").read_text():  # the second edition's scripts
-        flags.append("--no-progress")
     seconds, operations = [], []
 
     compile_ = torch.compile if "--compile" in command.split() else lambda function: function
