@@ -9,8 +9,8 @@
 #
 # Call it again to go on after an interruption. Then:
 #
-#   python tools/plot.py export runs/benchmark/SUITE/*/runs/* --to results
-#   python tools/plot.py table results/*/*.csv
+#   python tools/plot.py table runs/benchmark/SUITE/*/runs/*
+#   python tools/plot.py figure runs/benchmark/SUITE/*/runs/* --to figures
 set -e
 suite=$1
 [ $# -gt 0 ] && shift

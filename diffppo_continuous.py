@@ -5,11 +5,12 @@ rollout (s, a, r, s') of pi_old, with r and alpha in units of the returns' stand
 
     reward       R = r - alpha log pi_old(a|s)                                                  (1)
     advantage    A_t = R + gamma (1 - terminated) V(s') - V(s) + gamma lambda A_(t+1)           (2)
-    actor        -E[ min(rho A', clip(rho, 1 - eps, 1 + eps) A') ],  rho = pi / pi_old of a|s   (3)
-    own entropy  A' = A + alpha (log pi_old(a|s) - log pi(a|s)), standardised in a minibatch    (4)
+    own entropy  A' = A + alpha (log pi_old(a|s) - log pi(a|s)), standardised in a minibatch    (3)
+    actor        -E[ min(rho A', clip(rho, 1 - eps, 1 + eps) A') ],  rho = pi / pi_old of a|s   (4)
     critic       E[ (V(s) - V_old(s) - A)^2 ] / 2                                               (5)
 
-A_(t+1) = 0 where an episode has ended. A time limit is no terminal state: V(s') still counts.
+V_old is V during the rollout. A_(t+1) = 0 where an episode has ended; a time limit is no terminal
+state: V(s') still counts.
 
 The policy changes: K steps with controls c_k = c(s, a^k, k) lead from a^K ~ p = N(0, nu^2 I) to
 a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions x = a^(k-1):
@@ -18,9 +19,10 @@ a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions 
     free step    n(x|a^k)    = N( sqrt(1 - delta_k) a^k, nu^2 delta_k I ),  which keeps p       (7)
     log pi       log q - log n at each step, and at the end log p(a^0) - log |da / da^0|        (8)
     discounts    gamma = lambda = 1 inside a chain                                              (9)
-    actor        -alpha rho log n where rho is not clipped, as delta moves n too               (10)
+    plus         -alpha rho log n, rho held constant, where it is not clipped: delta moves n   (10)
 
-The sum of (8) is an upper bound (in the mean) of log pi(a|s), whose value is unknown.
+delta_k and std_k are learned, each for each step and dimension. (8) stands for log pi in (1) and
+(3), and its sum is an upper bound (in the mean) of log pi(a|s); the ratio rho of (4) is q / q_old.
 
     python diffppo_continuous.py --env-id HalfCheetah-v4
     python diffppo_continuous.py --resume runs/RUN/checkpoint.pt
@@ -35,6 +37,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -83,12 +86,12 @@ class Args:
     num_minibatches: int = 32  # gradient steps per epoch
     update_epochs: int = 10  # epochs per rollout
     norm_adv: bool = True  # standardise advantages in each minibatch
-    clip_coef: float = 0.2  # eps of (3)
+    clip_coef: float = 0.2  # eps of (4)
     alpha: float = 0.01  # temperature, in units of the reward
     alpha_anneal: float = 1.0  # alpha falls from this multiple of it
     vf_coef: float = 0.5  # weight of the critic's loss
     max_grad_norm: float = 0.5  # of actor and critic together
-    target_kl: float | None = None  # a larger approximate KL ends the epochs
+    target_kl: float | None = None  # a larger KL of the steps ends the epochs
     hidden_dim: int = 64  # width of the two hidden layers
     normalize_obs: bool = True  # observations by running mean and std
 
@@ -107,8 +110,8 @@ class Rows(NamedTuple):
     k: torch.Tensor  # (rows,), the denoising step
     latents: torch.Tensor  # (rows, action_dim), a^k
     next_latents: torch.Tensor  # (rows, action_dim), a^(k-1)
-    log_prob: torch.Tensor  # (rows,), of the rollout's policy
-    advantages: torch.Tensor  # (rows,), A + alpha log pi_old, the first half of (4)
+    log_prob: torch.Tensor  # (rows,), log q of the rollout's policy
+    advantages: torch.Tensor  # (rows,), A + alpha log(q_old / n_old): what of (3) stays
     returns: torch.Tensor  # (rows,), V_old + A
 
 
@@ -153,7 +156,8 @@ class Actor(nn.Module):
         delta = torch.logspace(*ends, self.steps).flip(0)[:, None].repeat(1, action_dim)
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
-        self.net = mlp(obs_dim + action_dim + self.steps, action_dim, args.hidden_dim, 0.0)
+        inputs = obs_dim + action_dim + self.steps  # (s, a^k, k)
+        self.net = mlp(inputs, action_dim, args.hidden_dim, last_gain=0.0)
         self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log())  # row k - 1 for step k
 
     def free_steps(self):
@@ -250,7 +254,7 @@ def make_rows(actor, critic, obs_rms, return_scaler, rollout, alpha, args):
 
 
 def actor_loss(log_prob, old_log_prob, advantages, clip_coef):
-    """Clipped surrogate (3), and the ratios rho (rows,)."""
+    """Clipped surrogate (4), and the ratios rho (rows,)."""
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -torch.min(ratio * advantages, clipped * advantages).mean(), ratio
@@ -266,7 +270,7 @@ def free_step_loss(log_n, ratio, advantages, clip_coef, alpha):
 def ppo_loss(actor, critic, rows, alpha, args):
     """Loss of actor and critic, (3) to (5), alpha in units of the returns' std; and metrics."""
     log_prob, log_n = actor.log_prob(rows.obs, rows.k, rows.latents, rows.next_latents)
-    advantages = rows.advantages - alpha * (log_prob - log_n).detach()  # (4)
+    advantages = rows.advantages - alpha * (log_prob - log_n).detach()  # DIFF: (3), (8)
     mean, std = (advantages.mean(), advantages.std() + 1e-8) if args.norm_adv else (0.0, 1.0)
     advantages = (advantages - mean) / std
     pi_loss, ratio = actor_loss(log_prob, rows.log_prob, advantages, args.clip_coef)
@@ -274,7 +278,7 @@ def ppo_loss(actor, critic, rows, alpha, args):
     states = augment(rows.obs, rows.latents, rows.k, actor.steps)
     v_loss = 0.5 * F.mse_loss(critic(states)[:, 0], rows.returns)  # (5)
     metrics = {"losses/actor_loss": pi_loss, "losses/critic_loss": v_loss}
-    metrics |= {"losses/approx_kl": ratio - 1 - ratio.log()}
+    metrics |= {"losses/approx_kl": ratio - 1 - (log_prob - rows.log_prob)}
     metrics |= {"losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float()}
     return pi_loss + args.vf_coef * v_loss, metrics
 
@@ -292,6 +296,10 @@ def main(args: Args):
     rate = torch.tensor(args.learning_rate, device=device)  # a tensor: CUDA graphs see it change
     adam = partial(torch.optim.Adam, eps=1e-5, fused=True, capturable=args.cuda_graph)
     optimizer = adam([*actor.parameters(), *critic.parameters()], lr=rate)
+    shape = (args.num_steps, args.num_envs)
+    chains = (args.num_steps, args.diffusion_steps + 1, args.num_envs, action_dim)
+    shapes = (*shape, obs_dim), (*shape, obs_dim), chains, shape, shape, shape
+    rollout = Rollout(*(torch.zeros(size, device=device) for size in shapes))
     parts = dict(actor=actor, critic=critic, obs_rms=obs_rms, return_scaler=return_scaler)
     run = Run(args, envs, parts | dict(optimizer=optimizer))  # folder, log, checkpoints; resumes
     rate = optimizer.param_groups[0]["lr"]
@@ -315,8 +323,7 @@ def main(args: Args):
             rate.fill_(args.learning_rate * (1 - run.step / args.total_timesteps))
         alpha = math.exp(run.fixed_log_alpha())
 
-        steps = []
-        for _ in range(args.num_steps):
+        for t in range(args.num_steps):
             # ALGO LOGIC: act
             with torch.no_grad():
                 latents, actions = act(obs_rms(to_tensor(obs, device)))
@@ -329,11 +336,11 @@ def main(args: Args):
                 last_obs[i] = infos["final_obs"][i]  # next_obs[i] starts the next episode
             run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
             step = obs, last_obs, latents, rewards, terminations, dones
-            steps.append([to_tensor(x, device) for x in step])
+            for storage, values in zip(rollout, step, strict=True):
+                storage[t] = to_tensor(values, device)
             obs = next_obs
 
         # ALGO LOGIC: learn
-        rollout = Rollout(*map(torch.stack, zip(*steps, strict=True)))
         networks = actor, critic, obs_rms, return_scaler
         rows, scale, metrics = make_rows(*networks, rollout, alpha, args)
         for _ in range(args.update_epochs):
@@ -353,6 +360,20 @@ def main(args: Args):
 
 # --------------------------------------------------------------------------------------------------
 # Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
+
+# For `uv run`, which installs what a file needs (PEP 723):
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.17.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+# ]
+# ///
 
 LIMITS = {  # smallest and largest value of a flag, in all scripts
     "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
@@ -394,8 +415,11 @@ def set_up(args):
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")
-    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+    rows, parts = args.num_envs * given.get("num_steps", 2), given.get("num_minibatches", 1)
+    if rows < 2 * parts:
         fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if args.cuda_graph and rows % parts:
+        fail("--cuda-graph needs minibatches of one size: --num-minibatches divides the rollout")
     if given.get("v_min", -1) >= given.get("v_max", 1):
         fail("--v-min must be smaller than --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
@@ -404,6 +428,8 @@ def set_up(args):
     devices = [name for name in devices if getattr(torch, name).is_available()]
     if not devices or (args.cuda_graph and devices[0] != "cuda"):
         fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
     torch.set_num_threads(args.torch_threads)
@@ -747,6 +773,9 @@ class Run:
         """Load all parts; optimisers keep the learning rates of the flags."""
         if checkpoint["args"].env_id != self.args.env_id:
             fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        if "temperature" in checkpoint and getattr(self.args, "autotune", False):
+            if checkpoint["temperature"]["log_alpha"].exp() == 0:
+                fail("the checkpoint has temperature 0, which --autotune cannot change")
         self.step = checkpoint["global_step"]
         torch.manual_seed(self.args.seed + self.step)
         try:
@@ -799,11 +828,11 @@ def start():
 
 
 class Rollout(NamedTuple):
-    """Transitions of all environments; the first two axes are (num_steps, num_envs)."""
+    """Transitions of all environments."""
 
     obs: torch.Tensor  # (num_steps, num_envs, obs_dim), not normalised
     next_obs: torch.Tensor  # likewise, of the same episode
-    latents: torch.Tensor  # (num_steps, ...), before squashing
+    latents: torch.Tensor  # (num_steps, ...), before squashing; of DiffPPO whole chains
     rewards: torch.Tensor  # (num_steps, num_envs)
     terminations: torch.Tensor  # (num_steps, num_envs), 1 in a terminal state
     dones: torch.Tensor  # (num_steps, num_envs), 1 where an episode ended, for either reason

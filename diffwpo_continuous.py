@@ -8,31 +8,33 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-Only the actor's step changes. Let a_new = tanh(x), p the density of x and phi its parameters. Each
-x moves uphill on -(3), and phi follows the moved x as closely (in KL) as it can; phi = phi(theta):
+The actor's step changes. Let a_new = tanh(x), g the density of x, and phi = (mean, std) what the
+network returns. Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it
+can. d phi takes the place of the gradient by phi:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
-    projection   d phi = E[ F^-1 grad_phi (grad_x log p(x) . v(x)) ],   F: Fisher information   (W2)
+    projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
 
 The policy changes too: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
 
-    a^(k-1) = sqrt(1 - delta_k) a^k + std_k (c_k + noise_k),  std_k = nu sqrt(delta_k),
-    a = tanh(a^0)                                                                               (5)
+    a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
 The density of a is unknown. In (1), (3) and (4) an upper bound (in the mean) replaces log pi.
 A chain without control has density p at every step; control adds its cost:
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
-Each step is a Gaussian, and follows (W3) with x = a^(k-1) and the value V of the steps to come:
+Each step is a Gaussian with x = a^(k-1), and (8) takes the place of (W1). V_j, a mean over the
+chains through a^j, is the value of the steps to come, and n the density of x without control:
 
     V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2) ] (7)
-    v_k    grad_x V_(k-1)(s, x) - alpha c_k / std_k                                             (8)
-    loss   0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c    (9)
-    loss   -alpha log N(x; sqrt(1 - delta_k) a^k, std_k^2), as delta moves the free step too   (10)
+    v_k    grad_x V_(k-1)(s, x) - alpha c_k / std_k,   std_k = nu sqrt(delta_k)                 (8)
+    or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c    (9)
+    plus   -alpha log n(x), x held constant: delta moves n too                                 (10)
 
---actor-gradient step learns V from chains at s'; chain differentiates Q through the rest of one.
+--actor-gradient step takes one step of a chain at s', and learns V from such chains; (4) uses them
+too. chain takes all steps of a chain at s; the gradient through its rest is that of V.
 
     python diffwpo_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffwpo_continuous.py --resume runs/RUN/checkpoint.pt
@@ -47,6 +49,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -88,7 +91,7 @@ class Args:
     # algorithm
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # weight of the new critic in its average
+    tau: float = 0.005  # weight of the new in moving averages
     batch_size: int = 256  # transitions per gradient step
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 1.0  # gradient steps per environment step
@@ -110,7 +113,7 @@ class Args:
     prior_std: float = 1.0  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
     delta_last: float = 0.01  # delta_1 of the last of several; geometric
-    learn_delta: bool = True  # learn delta; not without --precondition
+    learn_delta: bool = True  # learn delta; --no-precondition holds it
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9)
     max_grad_norm: float = 0.5  # of actor and latent critic
@@ -193,7 +196,7 @@ class Actor(nn.Module):
         return (1 - delta).sqrt(), self.prior_std * delta.sqrt()
 
     def control(self, obs_features, latent, k):
-        """c(s, a^k, k), (batch, action_dim), of `fc_obs(obs)`; k an integer or one for each row."""
+        """c(s, a^k, k), (..., action_dim), of `fc_obs(obs)` and a^k; k an integer, or (...)."""
         x = F.relu(obs_features + self.fc_step.weight[k - 1] + self.fc_latent(latent))
         return self.fc_control(F.relu(self.fc2(x)))
 
@@ -275,7 +278,8 @@ def one_step(actor, qf, vf, chain, alpha):
     k = 1 + rows % actor.steps
     x = chain.latents[k - 1, rows].requires_grad_()
     slope = torch.autograd.grad(latent_value(actor, qf, vf, chain.obs, x, alpha).sum(), x)[0]
-    velocity = slope - alpha * chain.controls[k - 1, rows] / actor.kernels()[1][k - 1].detach()
+    control, std = chain.controls[k - 1, rows], actor.kernels()[1][k - 1].detach()
+    velocity = slope - alpha * control / std  # DIFF: (8)
     return Steps(chain.obs, k, chain.latents[k, rows], chain.noises[k - 1, rows], velocity)
 
 
@@ -284,7 +288,7 @@ def all_steps(actor, qf, obs, alpha):
     chain = actor.chain(obs)
     actions, log_prob = actor.outcome(chain)
     value = qf(obs, actions).amin(0) - alpha * log_prob
-    slope = torch.autograd.grad(value.sum(), chain.noises)[0]
+    slope = torch.autograd.grad(value.sum(), chain.noises)[0]  # c . noise of (6) brings -alpha c
     velocity = slope / actor.kernels()[1].detach()[:, None]  # DIFF: (8): d/dx = d/dnoise / std
     k = torch.arange(1, actor.steps + 1, device=obs.device)[:, None]
     latents, noises = chain.latents[1:].detach(), chain.noises.detach()
@@ -302,7 +306,7 @@ def actor_loss(actor, average_actor, steps, alpha, args):
     if args.precondition:
         follower = mean + std * noise  # DIFF: (W3)
     else:
-        follower = (mean - x) / std.square()  # DIFF: (W2): this is grad log p
+        follower = (mean - x) / std.square()  # DIFF: (W2): this is grad log g
     free = 0.5 * ((x - decay * latent) / std).square() + std.log()  # DIFF: (10)
     surrogate = (alpha * free - follower * velocity).sum(-1)
     kl = 0.5 * actor.steps * (control - average_control).square().sum(-1)
@@ -325,7 +329,8 @@ def main(args: Args):
     qf_target = copy.deepcopy(qf).requires_grad_(False)
     vf = latent_critic_network(obs_dim, action_dim, args).to(device)
     average_actor = copy.deepcopy(actor).requires_grad_(False)
-    temperature = nn.ParameterDict({"log_alpha": torch.tensor(args.alpha).log()}).to(device)
+    log_alpha = torch.tensor(args.alpha).log().clamp(min=-1e9)
+    temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
@@ -335,7 +340,8 @@ def main(args: Args):
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     parts = dict(actor=actor, qf=qf, qf_target=qf_target, temperature=temperature, obs_rms=obs_rms)
     parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
-    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer, average_actor=average_actor)
+    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
+    parts |= dict(average_actor=average_actor)
     parts |= dict(vf=vf, v_optimizer=v_optimizer)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
 
@@ -414,6 +420,20 @@ def main(args: Args):
 # --------------------------------------------------------------------------------------------------
 # Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
 
+# For `uv run`, which installs what a file needs (PEP 723):
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.17.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+# ]
+# ///
+
 LIMITS = {  # smallest and largest value of a flag, in all scripts
     "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
     "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
@@ -454,8 +474,11 @@ def set_up(args):
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")
-    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+    rows, parts = args.num_envs * given.get("num_steps", 2), given.get("num_minibatches", 1)
+    if rows < 2 * parts:
         fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if args.cuda_graph and rows % parts:
+        fail("--cuda-graph needs minibatches of one size: --num-minibatches divides the rollout")
     if given.get("v_min", -1) >= given.get("v_max", 1):
         fail("--v-min must be smaller than --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
@@ -464,6 +487,8 @@ def set_up(args):
     devices = [name for name in devices if getattr(torch, name).is_available()]
     if not devices or (args.cuda_graph and devices[0] != "cuda"):
         fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
     torch.set_num_threads(args.torch_threads)
@@ -807,6 +832,9 @@ class Run:
         """Load all parts; optimisers keep the learning rates of the flags."""
         if checkpoint["args"].env_id != self.args.env_id:
             fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        if "temperature" in checkpoint and getattr(self.args, "autotune", False):
+            if checkpoint["temperature"]["log_alpha"].exp() == 0:
+                fail("the checkpoint has temperature 0, which --autotune cannot change")
         self.step = checkpoint["global_step"]
         torch.manual_seed(self.args.seed + self.step)
         try:

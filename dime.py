@@ -1,12 +1,12 @@
 """DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316).
 
 Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. The policy is a chain of K steps with a
-network f from a^K ~ N(0, nu^2 I) to a = tanh(a^0); eta_k = eta c_k / kappa, c_k a cosine, the
+network f from a^K ~ N(0, nu^2 I) to a = tanh(a^0); eta_k = eta b_k / kappa, b_k a cosine, the
 others learned:
 
     denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )  (1)
-    noise        n(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (2)
-    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log n) - log |da / da^0|            (3)
+    noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (2)
+    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|            (3)
 
 L replaces SAC's log pi(a|s), whose value is unknown: in the mean it is an upper bound of it. The
 critics are categorical, Z over atoms z_i (C51), without moving averages, with batch renormalisation
@@ -31,6 +31,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -307,7 +308,8 @@ def main(args: Args):
 
     actor = Actor(obs_dim, action_dim, args).to(device)
     qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
-    temperature = nn.ParameterDict({"log_alpha": torch.tensor(args.alpha).log()}).to(device)
+    log_alpha = torch.tensor(args.alpha).log().clamp(min=-1e9)
+    temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr, betas=(0.5, 0.999))
@@ -319,7 +321,7 @@ def main(args: Args):
     parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
     support = qf.atoms[0].item(), qf.atoms[-1].item()
-    if support != (args.v_min, args.v_max):
+    if not np.allclose(support, (args.v_min, args.v_max), rtol=1e-5):
         fail(f"the checkpoint's critics have the support {support}: it cannot be changed")
 
     def update(batch):
@@ -396,6 +398,20 @@ def main(args: Args):
 # --------------------------------------------------------------------------------------------------
 # Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
 
+# For `uv run`, which installs what a file needs (PEP 723):
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.17.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+# ]
+# ///
+
 LIMITS = {  # smallest and largest value of a flag, in all scripts
     "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
     "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
@@ -436,8 +452,11 @@ def set_up(args):
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")
-    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+    rows, parts = args.num_envs * given.get("num_steps", 2), given.get("num_minibatches", 1)
+    if rows < 2 * parts:
         fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if args.cuda_graph and rows % parts:
+        fail("--cuda-graph needs minibatches of one size: --num-minibatches divides the rollout")
     if given.get("v_min", -1) >= given.get("v_max", 1):
         fail("--v-min must be smaller than --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
@@ -446,6 +465,8 @@ def set_up(args):
     devices = [name for name in devices if getattr(torch, name).is_available()]
     if not devices or (args.cuda_graph and devices[0] != "cuda"):
         fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
     torch.set_num_threads(args.torch_threads)
@@ -789,6 +810,9 @@ class Run:
         """Load all parts; optimisers keep the learning rates of the flags."""
         if checkpoint["args"].env_id != self.args.env_id:
             fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        if "temperature" in checkpoint and getattr(self.args, "autotune", False):
+            if checkpoint["temperature"]["log_alpha"].exp() == 0:
+                fail("the checkpoint has temperature 0, which --autotune cannot change")
         self.step = checkpoint["global_step"]
         torch.manual_seed(self.args.seed + self.step)
         try:

@@ -21,6 +21,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -62,7 +63,7 @@ class Args:
     # algorithm
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # weight of the new critic in its average
+    tau: float = 0.005  # weight of the new in moving averages
     batch_size: int = 256  # transitions per gradient step
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 1.0  # gradient steps per environment step
@@ -166,7 +167,8 @@ def main(args: Args):
     actor = Actor(obs_dim, action_dim, args).to(device)
     qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
     qf_target = copy.deepcopy(qf).requires_grad_(False)
-    temperature = nn.ParameterDict({"log_alpha": torch.tensor(args.alpha).log()}).to(device)
+    log_alpha = torch.tensor(args.alpha).log().clamp(min=-1e9)
+    temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
@@ -239,6 +241,20 @@ def main(args: Args):
 # --------------------------------------------------------------------------------------------------
 # Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
 
+# For `uv run`, which installs what a file needs (PEP 723):
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.17.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+# ]
+# ///
+
 LIMITS = {  # smallest and largest value of a flag, in all scripts
     "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
     "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
@@ -279,8 +295,11 @@ def set_up(args):
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")
-    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+    rows, parts = args.num_envs * given.get("num_steps", 2), given.get("num_minibatches", 1)
+    if rows < 2 * parts:
         fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if args.cuda_graph and rows % parts:
+        fail("--cuda-graph needs minibatches of one size: --num-minibatches divides the rollout")
     if given.get("v_min", -1) >= given.get("v_max", 1):
         fail("--v-min must be smaller than --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
@@ -289,6 +308,8 @@ def set_up(args):
     devices = [name for name in devices if getattr(torch, name).is_available()]
     if not devices or (args.cuda_graph and devices[0] != "cuda"):
         fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
     torch.set_num_threads(args.torch_threads)
@@ -632,6 +653,9 @@ class Run:
         """Load all parts; optimisers keep the learning rates of the flags."""
         if checkpoint["args"].env_id != self.args.env_id:
             fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        if "temperature" in checkpoint and getattr(self.args, "autotune", False):
+            if checkpoint["temperature"]["log_alpha"].exp() == 0:
+                fail("the checkpoint has temperature 0, which --autotune cannot change")
         self.step = checkpoint["global_step"]
         torch.manual_seed(self.args.seed + self.step)
         try:

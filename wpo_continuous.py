@@ -8,13 +8,14 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-Only the actor's step changes. Let a_new = tanh(x), p the density of x and phi its parameters. Each
-x moves uphill on -(3), and phi follows the moved x as closely (in KL) as it can; phi = phi(theta):
+The actor's step changes. Let a_new = tanh(x), g the density of x, and phi = (mean, std) what the
+network returns. Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it
+can. d phi takes the place of the gradient by phi:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
-    projection   d phi = E[ F^-1 grad_phi (grad_x log p(x) . v(x)) ],   F: Fisher information   (W2)
+    projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
-    penalty      weights times KL( average policy || policy ), of mean and of std               (W4)
+    penalty      weights times KL( moving average of the policy || policy ), of mean and std    (W4)
 
     python wpo_continuous.py --env-id HalfCheetah-v4
     python wpo_continuous.py --resume runs/RUN/checkpoint.pt
@@ -29,6 +30,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -70,7 +72,7 @@ class Args:
     # algorithm
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # weight of the new critic in its average
+    tau: float = 0.005  # weight of the new in moving averages
     batch_size: int = 256  # transitions per gradient step
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 1.0  # gradient steps per environment step
@@ -87,8 +89,8 @@ class Args:
     # Wasserstein policy optimisation
     action_samples: int = 2  # actions for each state in the actor's loss
     precondition: bool = True  # with F^-1 in (W2), or without
-    kl_weight_mean: float = 0.03  # of the average's KL (W4) where means differ
-    kl_weight_std: float = 0.03  # of the average's KL (W4) where stds differ
+    kl_weight_mean: float = 0.03  # weight of the mean's part of (W4)
+    kl_weight_std: float = 0.03  # weight of the std's part of (W4)
 
 
 # ALGO LOGIC: networks and losses
@@ -174,17 +176,17 @@ def actor_loss(actor, average_actor, qf, obs, alpha, args):
 
     obs, mean, log_std = (x.repeat(args.action_samples, 1) for x in (obs, mean, log_std))
     noise, std = torch.randn_like(mean), log_std.exp()
-    latent = (mean + std * noise).detach().requires_grad_()
-    actions, log_det = squash(latent)
+    x = (mean + std * noise).detach().requires_grad_()
+    actions, log_det = squash(x)
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_prob = log_normal.sum(-1) - log_det
     value = qf(obs, actions).amin(0) + alpha * log_det
-    velocity = torch.autograd.grad(value.sum(), latent)[0]
-    velocity = velocity + alpha * noise / std.detach()  # DIFF: (W1): grad log p = -noise / std
+    velocity = torch.autograd.grad(value.sum(), x)[0]
+    velocity = velocity + alpha * noise / std.detach()  # DIFF: (W1): grad log g = -noise / std
     if args.precondition:
         follower = mean + std * noise  # DIFF: (W3)
     else:
-        follower = (mean - latent.detach()) / std.square()  # DIFF: (W2): this is grad log p
+        follower = (mean - x.detach()) / std.square()  # DIFF: (W2): this is grad log g
     return penalty.mean() - (follower * velocity).sum(-1).mean(), log_prob, kl_mean, kl_std
 
 
@@ -203,7 +205,8 @@ def main(args: Args):
     qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
     qf_target = copy.deepcopy(qf).requires_grad_(False)
     average_actor = copy.deepcopy(actor).requires_grad_(False)
-    temperature = nn.ParameterDict({"log_alpha": torch.tensor(args.alpha).log()}).to(device)
+    log_alpha = torch.tensor(args.alpha).log().clamp(min=-1e9)
+    temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr)
@@ -212,7 +215,8 @@ def main(args: Args):
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     parts = dict(actor=actor, qf=qf, qf_target=qf_target, temperature=temperature, obs_rms=obs_rms)
     parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
-    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer, average_actor=average_actor)
+    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
+    parts |= dict(average_actor=average_actor)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
 
     def update(batch):
@@ -279,6 +283,20 @@ def main(args: Args):
 # --------------------------------------------------------------------------------------------------
 # Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
 
+# For `uv run`, which installs what a file needs (PEP 723):
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.17.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+# ]
+# ///
+
 LIMITS = {  # smallest and largest value of a flag, in all scripts
     "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
     "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
@@ -319,8 +337,11 @@ def set_up(args):
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")
-    if args.num_envs * given.get("num_steps", 2) < 2 * given.get("num_minibatches", 1):
+    rows, parts = args.num_envs * given.get("num_steps", 2), given.get("num_minibatches", 1)
+    if rows < 2 * parts:
         fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if args.cuda_graph and rows % parts:
+        fail("--cuda-graph needs minibatches of one size: --num-minibatches divides the rollout")
     if given.get("v_min", -1) >= given.get("v_max", 1):
         fail("--v-min must be smaller than --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
@@ -329,6 +350,8 @@ def set_up(args):
     devices = [name for name in devices if getattr(torch, name).is_available()]
     if not devices or (args.cuda_graph and devices[0] != "cuda"):
         fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
     torch.set_num_threads(args.torch_threads)
@@ -672,6 +695,9 @@ class Run:
         """Load all parts; optimisers keep the learning rates of the flags."""
         if checkpoint["args"].env_id != self.args.env_id:
             fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        if "temperature" in checkpoint and getattr(self.args, "autotune", False):
+            if checkpoint["temperature"]["log_alpha"].exp() == 0:
+                fail("the checkpoint has temperature 0, which --autotune cannot change")
         self.step = checkpoint["global_step"]
         torch.manual_seed(self.args.seed + self.step)
         try:

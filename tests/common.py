@@ -51,8 +51,9 @@ def make_actor(script, obs_dim=3, action_dim=1, **flags):
 
 
 def save_policy(script, path, args, actor, global_step=0, obs_dim=3):
-    """Write a checkpoint that holds an actor, as tools/ need it."""
-    state = {"script": script.__name__, "args": asdict(args), "global_step": global_step}
+    """Write a checkpoint that holds an actor of one action dimension, as tools/ need it."""
+    bounds = {"action_low": [-1.0], "action_high": [1.0]}
+    state = bounds | {"script": script.__name__, "args": asdict(args), "global_step": global_step}
     parts = {"actor": actor, "obs_rms": script.RunningMeanStd(obs_dim, args.normalize_obs)}
     torch.save(state | {name: part.state_dict() for name, part in parts.items()}, path)
 

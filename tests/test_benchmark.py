@@ -213,3 +213,24 @@ def test_suites_are_commands_that_the_scripts_accept(suite, cells, tmp_path):
         name, *flags = command.split()
         args = tyro.cli(scripts[name.removesuffix(".py")].Args, args=flags)
         assert args.env_id in command and str(args.total_timesteps) in command
+
+
+@pytest.mark.parametrize("flags", ["--workers 0", "--only 7", "--only -1", "--slurm"])
+def test_mistakes_are_refused_in_one_sentence(flags, tmp_path):
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", "suite", "--folder", tmp_path]
+    command += ["--seeds", "1", *flags.split(), "--commands", "sac_continuous.py"]
+    environment = os.environ | {"PATH": str(tmp_path)}  # no sbatch in it
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_an_open_quotation_mark_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.Cell("sac_continuous.py --exp-name 'a", tmp_path)
+    assert exit_.value.code == 2 and "cannot read the command" in capsys.readouterr().err
+
+
+def test_a_system_without_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert set(benchmark.cores()) == {None} and len(benchmark.cores()) == os.cpu_count()

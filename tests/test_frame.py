@@ -792,6 +792,14 @@ def test_sizes_that_memory_cannot_hold_are_refused(flags, tmp_path):
     assert not run_dirs(tmp_path)
 
 
+def test_compile_without_a_compiler_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    assert run_script(monkeypatch, sac, *PENDULUM, "--compile") == 2 and not run_dirs(tmp_path)
+    assert "C++ compiler" in words(capsys)[1]
+    assert run_script(monkeypatch, sac, *PENDULUM, "--total-timesteps", 20) == 0
+
+
 def test_more_steps_than_rows_are_refused_where_each_row_has_one(monkeypatch, tmp_path):
     flags = [*PENDULUM, "--total-timesteps", 50, "--diffusion-steps", 17]
     assert run_script(monkeypatch, diffsac, *flags) == 2 and not run_dirs(tmp_path)

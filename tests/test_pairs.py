@@ -4,39 +4,30 @@ import ast
 import difflib
 import html
 import re
-import subprocess
+import tomllib
 
 import pytest
 
 from tests.common import ROOT, SCRIPTS
-from tools import diffs, sync
+from tools import pairs, sync
 
-BUDGETS = {  # lines removed, lines added
-    ("sac_continuous.py", "diffsac_continuous.py"): (30, 165),
-    ("wpo_continuous.py", "diffwpo_continuous.py"): (60, 195),
-    ("ppo_continuous.py", "diffppo_continuous.py"): (45, 140),
-    ("sac_continuous.py", "wpo_continuous.py"): (40, 90),
-    ("diffsac_continuous.py", "diffwpo_continuous.py"): (40, 90),
-}
-PAIRS = list(BUDGETS)[:3]  # the Gaussian policy becomes a diffusion policy
 SHARED = {  # definitions, and methods, of the same text in both files
-    PAIRS[0]: "SoftQNetwork squash critic_loss actor_loss temperature_loss",
-    PAIRS[1]: "SoftQNetwork squash critic_loss temperature_loss",
-    PAIRS[2]: "mlp squash log_normal gae actor_loss",
-    ("sac_continuous.py", "wpo_continuous.py"): "SoftQNetwork squash Actor critic_loss",
-    ("diffsac_continuous.py", "diffwpo_continuous.py"): """SoftQNetwork squash Chain Actor.kernels
-    Actor.control Actor.end_cost Actor.outcome Actor.sample Actor.mean_action critic_loss
-    latent_critic_network latent_critic_loss latent_value temperature_loss""",
+    "sac → diffsac": "SoftQNetwork squash critic_loss actor_loss temperature_loss",
+    "ppo → diffppo": "mlp squash log_normal gae actor_loss",
+    "wpo → diffwpo": "SoftQNetwork squash critic_loss temperature_loss",
+    "sac → wpo": "SoftQNetwork squash Actor critic_loss",
+    "diffsac → diffwpo": """SoftQNetwork squash Chain Actor.kernels Actor.control Actor.end_cost
+    Actor.outcome Actor.sample Actor.mean_action critic_loss latent_critic_network
+    latent_critic_loss latent_value temperature_loss""",
 }
-MAIN_LINES = (40, 40, 15, 15, 20)  # changed lines of `main`, at most, of each edge
 LINES = {  # above the frame, and whole
-    "sac_continuous.py": (250, 740),
-    "diffsac_continuous.py": (375, 870),
-    "wpo_continuous.py": (310, 780),
-    "diffwpo_continuous.py": (430, 920),
-    "ppo_continuous.py": (275, 760),
-    "diffppo_continuous.py": (370, 850),
-    "dime.py": (400, 900),
+    "sac_continuous.py": (250, 760),
+    "diffsac_continuous.py": (385, 895),
+    "wpo_continuous.py": (310, 800),
+    "diffwpo_continuous.py": (430, 940),
+    "ppo_continuous.py": (280, 785),
+    "diffppo_continuous.py": (370, 870),
+    "dime.py": (405, 920),
 }
 MOST_OF_MAIN = 100
 
@@ -53,41 +44,35 @@ def definitions(file):
     return texts
 
 
-@pytest.mark.parametrize("pair", BUDGETS)
+each_pair = pytest.mark.parametrize("pair", pairs.PAIRS, ids=pairs.title)
+
+
+@each_pair
 def test_diff_stays_within_its_budget(pair):
-    files = [ROOT / file for file in pair]
-    out = subprocess.run(
-        ["git", "diff", "--no-index", "--numstat", *files],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    added, removed = (int(count) for count in out.stdout.split()[:2])
-    assert removed <= BUDGETS[pair][0] and added <= BUDGETS[pair][1], f"-{removed}/+{added}"
-    assert f"−{removed} / +{added}" in (ROOT / "README.md").read_text()
+    removed, added = pairs.changed(pair)
+    assert removed <= pair.removed and added <= pair.added, f"-{removed}/+{added}"
+
+
+def test_readme_has_the_table_of_the_pairs():
+    assert pairs.readme_table() in (ROOT / "README.md").read_text(), "run tools/pairs.py"
 
 
 def test_readme_states_the_lengths_of_the_scripts():
-    lines = [
-        len((ROOT / f"{name}_continuous.py").read_text().splitlines()) for name in ("sac", "ppo")
-    ]
-    assert (
-        "| this repository | 1 ({}) | 1 ({}) |".format(*lines) in (ROOT / "README.md").read_text()
-    )
+    sac, ppo = (len((ROOT / f"{x}_continuous.py").read_text().splitlines()) for x in ("sac", "ppo"))
+    assert f"| this repository | 1 ({sac}) | 1 ({ppo}) |" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("pair", BUDGETS)
+@each_pair
 def test_shared_definitions_are_the_same_text(pair):
-    first, second = (definitions(file) for file in pair)
-    assert [name for name in SHARED[pair].split() if first[name] != second[name]] == []
+    first, second = (definitions(file) for file in pair[:2])
+    assert [name for name in SHARED[pairs.title(pair)].split() if first[name] != second[name]] == []
     diff = list(difflib.ndiff(first["main"].splitlines(), second["main"].splitlines()))
-    changed = sum(line[0] in "+-" for line in diff)
-    assert changed <= MAIN_LINES[list(BUDGETS).index(pair)], changed
+    assert sum(line[0] in "+-" for line in diff) <= pair.main
 
 
-@pytest.mark.parametrize("pair", BUDGETS)
+@each_pair
 def test_changed_lines_name_their_equation(pair):
-    vanilla, changed = ((ROOT / file).read_text() for file in pair)
+    vanilla, changed = ((ROOT / file).read_text() for file in pair[:2])
     diff = difflib.ndiff(vanilla.splitlines(), changed.splitlines())
     assert sum("# DIFF: (" in line for line in diff if line[0] == "+") >= 2
     assert changed.count("# DIFF:") == changed.count("# DIFF: (")
@@ -95,6 +80,18 @@ def test_changed_lines_name_their_equation(pair):
     for label in re.findall(r"# DIFF: (.*)", changed):
         for number in re.findall(r"\(W?\d+\)", label):
             assert number in docstring, label
+
+
+def test_a_copied_file_carries_its_requirements():
+    """Inline script metadata (PEP 723), by the standard's own expression: `uv run` reads it."""
+    regex = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (block,) = re.finditer(regex, (ROOT / "sac_continuous.py").read_text())
+    lines = [line[2:] for line in block["content"].splitlines()]
+    metadata = tomllib.loads("\n".join(lines))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert metadata["requires-python"].replace(">=3.", "py3") == project["target-version"]
+    wanted = [line for line in (ROOT / "requirements.txt").read_text().split() if line]
+    assert metadata["dependencies"] == wanted
 
 
 def test_shared_sections_are_copies():
@@ -120,33 +117,14 @@ def test_lengths(file):
     assert length <= MOST_OF_MAIN and longest <= 100, (length, longest)
 
 
-def test_pages_of_the_diffs_show_the_scripts_as_they_are():
-    assert {edge[:2] for edge in diffs.EDGES} == set(BUDGETS)
-    stale = [
-        name
-        for name, text in diffs.pages().items()
-        if (ROOT / "docs" / "diffs" / name).read_text() != text
-    ]
-    assert stale == [], "run tools/diffs.py"
-
-
-@pytest.mark.parametrize("pair", BUDGETS)
-def test_side_by_side_rows_hold_both_files_whole(pair):
-    rows = diffs.side_by_side(*pair)
-    for file, number, text, mark in ((pair[0], 0, 1, "del"), (pair[1], 3, 4, "ins")):
-        lines = (ROOT / file).read_text().splitlines()
-        here = [row for row in rows if row[number]]
-        assert [row[number] for row in here] == list(range(1, len(lines) + 1))
-        plain = [
-            html.unescape(row[text].replace(f"<{mark}>", "").replace(f"</{mark}>", ""))
-            for row in here
-        ]
-        assert plain == lines
-    out = subprocess.run(
-        ["git", "diff", "--no-index", "--numstat", *(ROOT / file for file in pair)],
-        capture_output=True,
-        text=True,
-    ).stdout.split()
-    assert [
-        str(sum(row[k] == kind for row in rows)) for k, kind in ((5, "ins"), (2, "del"))
-    ] == out[:2]
+@each_pair
+def test_side_by_side_pages_mark_what_changed(pair):
+    """Every changed line is on the page, and equations are links to their algorithm's page."""
+    page = pairs.page(pair)
+    text = html.unescape(re.sub("<[^>]*>", "", page)).replace("\xa0", " ")
+    old, new = ((ROOT / file).read_text().splitlines() for file in pair[:2])
+    for line in difflib.ndiff(old, new):
+        if line[0] in "+-" and line[2:].strip():
+            assert line[2:] in text, line
+    own = pair.second.removesuffix(".py").removesuffix("_continuous")
+    assert re.search(rf'DIFF: \(<a href="../../{own}/">W?\d+</a>\)', page.replace("&nbsp;", " "))

@@ -274,6 +274,17 @@ def test_own_entropy_follows_the_current_policy():
     assert (log_prob - rows.log_prob).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("script", ON_POLICY)
+def test_diagnostics_of_ratios_that_underflow_are_finite(script):
+    """Where a large step has made an old action impossible: the loss is finite, the KL too."""
+    args = make_args(script, norm_adv=False)
+    actor, critic, obs_rms, rollout = random_rollout(script, args)
+    rows = make_rows(script, (actor, critic, obs_rms), rollout, args)
+    rows = rows._replace(log_prob=rows.log_prob + 900.0)
+    _, metrics = script.ppo_loss(actor, critic, rows, torch.tensor(ALPHA), args)
+    assert metrics["losses/approx_kl"].mean().item() == pytest.approx(899)
+
+
 def test_first_policy_is_the_squashed_prior():
     flags = {"diffusion_steps": 5, "delta_first": 0.9, "delta_last": 0.01, "prior_std": 2.0}
     actor = make_actor(diffppo, **flags)

@@ -1,4 +1,4 @@
-"""tools/plot.py: what a run logged arrives unchanged in csv, table and figure. tools/enjoy.py: returns of a policy."""
+"""tools/plot.py: what a run logged arrives in csv, table and figure. tools/enjoy.py: returns."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -13,35 +14,56 @@ import sac_continuous
 from tests.common import SCRIPTS, make_actor, make_args, randomise, run_script, save_policy
 from tools import enjoy, plot
 
-FLAGS = "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 40 --hidden-dim 16 --eval-episodes 2".split()
+FLAGS = "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 40 --hidden-dim 16".split()
+RETURN = "eval/episodic_return"
+
+
+def refused(capsys, function, *arguments, **options):
+    """The one sentence with which a tool refuses something."""
+    with pytest.raises(SystemExit) as exit_:
+        function(*arguments, **options)
+    assert exit_.value.code == 2
+    return [line for line in capsys.readouterr().err.splitlines() if "error: " in line][-1]
+
+
+def values(run, metric):
+    return run.curves[run.curves.metric == metric].set_index("step").value
 
 
 def test_export_table_and_figure(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for seed in (1, 2):
-        flags = [*FLAGS, "--eval-frequency", 30, "--seed", seed]
+        flags = [*FLAGS, "--eval-episodes", 2, "--eval-frequency", 30, "--seed", seed]
         assert run_script(monkeypatch, sac_continuous, *flags) == 0
-    plot.export(sorted(tmp_path.glob("runs/*")), to=tmp_path / "results")
+    folders = sorted(tmp_path.glob("runs/*"))
+    (tmp_path / "runs" / "benchmark").mkdir()  # no run, and no obstacle either
+    plot.export([tmp_path / "runs" / "benchmark", *folders], to=tmp_path / "results")
+    assert "runs/benchmark is no run" in capsys.readouterr().err
     files = sorted(tmp_path.glob("results/Pendulum-v1/*.csv"))
     assert [path.name for path in files] == ["sac_continuous__1.csv", "sac_continuous__2.csv"]
-    runs = [plot.read_csv(path) for path in files]
-    for run, run_dir in zip(runs, sorted(tmp_path.glob("runs/*")), strict=True):
-        assert (
-            run.facts["env_id"] == "Pendulum-v1" and "--total-timesteps 60" in run.facts["command"]
-        )
+    for path, folder in zip(files, folders, strict=True):
+        run, logged = plot.read_csv(path), plot.read_events(folder)
+        assert run.facts == logged.facts and "--total-timesteps 60" in run.facts["command"]
         assert {"torch", "gymnasium", "mujoco", "numpy", "python", "commit"} <= run.facts.keys()
-        logged = plot.read_events(run_dir).curves["eval/episodic_return"]
-        assert [step for step, _ in logged] == [30, 60]
-        np.testing.assert_allclose(run.curves["eval/episodic_return"], logged, rtol=1e-6)
-    capsys.readouterr()
-    plot.table(files)
-    final = np.array([run.curves["eval/episodic_return"][-1][1] for run in runs])
-    assert (
-        f"| Pendulum-v1 | sac | 1, 2 | 60 | {final.mean():.1f} ± {final.std():.1f} |"
-        in capsys.readouterr().out
-    )
-    plot.figure(files, to=tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+        curve = values(run, RETURN)
+        assert list(curve.index) == [30, 60]
+        np.testing.assert_allclose(curve, values(logged, RETURN), rtol=1e-6)
+    final = np.array([values(plot.read_csv(path), RETURN)[60] for path in files])
+    row = f"| Pendulum-v1 | sac | 1, 2 | 60 | {final.mean():.1f} ± {final.std():.1f} |"
+    for paths in (files, folders):
+        plot.table(paths)
+        assert row in capsys.readouterr().out
+        plot.figure(paths, to=tmp_path / "figures")
+        picture = tmp_path / "figures" / "Pendulum-v1.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
+
+
+def test_an_empty_argument_of_a_run_is_exported(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run_script(monkeypatch, sac_continuous, *FLAGS, "--exp-name", "") == 0
+    plot.export(sorted(tmp_path.glob("runs/*")), to=tmp_path / "results")
+    assert plot.read_csv(next(tmp_path.glob("results/*/*.csv"))).facts["exp_name"] == ""
 
 
 def test_exported_commit_is_the_one_of_the_runs_start(monkeypatch, tmp_path):
@@ -51,9 +73,9 @@ def test_exported_commit_is_the_one_of_the_runs_start(monkeypatch, tmp_path):
     def git(*words, at=clock):
         stamp = {"GIT_AUTHOR_DATE": f"{at} +0200", "GIT_COMMITTER_DATE": f"{at} +0200"}
         command = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", *words]
-        return subprocess.run(
-            command, env=os.environ | stamp, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        environment = os.environ | stamp
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     git("init", "-q")
     commits = []
@@ -64,113 +86,88 @@ def test_exported_commit_is_the_one_of_the_runs_start(monkeypatch, tmp_path):
     assert plot.read_events(next(tmp_path.glob("runs/*"))).facts["commit"] == commits[1]
 
 
+def make_run(curves, **facts):
+    """A `Run` from {metric: [(step, value), ...]}."""
+    rows = [(step, name, value) for name, curve in curves.items() for step, value in curve]
+    facts = {"env_id": "Some-v0", "exp_name": "ppo", "seed": "3", "began": "then"} | facts
+    return plot.Run(facts, pd.DataFrame(rows, columns=["step", "metric", "value"]))
+
+
 def test_export_thins_curves_to_one_value_in_an_interval(monkeypatch, tmp_path):
     steps = [2048 * i for i in range(1, 16)]  # as an on-policy run logs
-    curves = {
-        name: [(step, 0.5 * step) for step in steps]
-        for name in ("eval/episodic_return", "losses/alpha")
-    }
-    facts = {"env_id": "Some-v0", "exp_name": "ppo", "seed": "3"}
-    monkeypatch.setattr(plot, "read_events", lambda _: plot.Run(dict(facts), curves))
+    run = make_run({name: [(s, 0.5 * s) for s in steps] for name in (RETURN, "losses/alpha")})
+    monkeypatch.setattr(plot, "read_events", lambda _: run)
     plot.export([tmp_path], to=tmp_path / "results", every=10_000)
     run = plot.read_csv(tmp_path / "results" / "Some-v0" / "ppo__3.csv")
-    assert [step for step, _ in run.curves["losses/alpha"]] == [8192, 18432, 28672, 30720]
-    assert [step for step, _ in run.curves["eval/episodic_return"]] == steps
+    assert list(values(run, "losses/alpha").index) == [8192, 18432, 28672, 30720]
+    assert list(values(run, RETURN).index) == steps
 
 
-def test_export_does_not_replace_runs_with_other_arguments(monkeypatch, tmp_path):
-    facts = {"env_id": "Some-v0", "exp_name": "ppo", "seed": "3", "commit": "a"}
-    curves = {"eval/episodic_return": [(10, 1.0)]}
-    for steps, commit in (("2", "a"), ("2", "b"), ("4", "b")):
-        run = plot.Run(facts | {"diffusion_steps": steps, "commit": commit}, curves)
+def test_export_replaces_no_other_run(monkeypatch, tmp_path, capsys):
+    """A run that has gone on replaces itself; another one is refused, and nothing is lost."""
+    for began, steps in (("then", "2"), ("then", "2"), ("later", "4")):
+        run = make_run({RETURN: [(10, float(steps))]}, began=began, diffusion_steps=steps)
         monkeypatch.setattr(plot, "read_events", lambda _, run=run: run)
         plot.export([tmp_path], to=tmp_path / "sweep", distinguish=("diffusion_steps",))
-        if steps == "2":  # another commit is a run made again
+        if began == "then":
             plot.export([tmp_path], to=tmp_path / "results")
         else:
-            with pytest.raises(
-                SystemExit, match="other diffusion_steps: delete it, or use --distinguish"
-            ):
-                plot.export([tmp_path], to=tmp_path / "results")
+            error = refused(capsys, plot.export, [tmp_path], to=tmp_path / "results")
+            assert "ppo__3.csv is of another run" in error
     names = [path.name for path in sorted(tmp_path.glob("sweep/Some-v0/*.csv"))]
     assert names == ["ppo__diffusion_steps-2__3.csv", "ppo__diffusion_steps-4__3.csv"]
-    assert plot.read_csv(tmp_path / "results/Some-v0/ppo__3.csv").facts["diffusion_steps"] == "2"
+    path = tmp_path / "results/Some-v0/ppo__3.csv"
+    assert plot.read_csv(path).facts["diffusion_steps"] == "2"
+    plot.export([tmp_path], to=tmp_path / "results", replace=True)
+    assert plot.read_csv(path).facts["diffusion_steps"] == "4"
 
 
-def a_run(tmp_path, name, seed, values, speed=60.0, **facts):
-    """A csv with evaluations after 600, 1200, ... steps, at `speed` steps per second: 10 seconds apart by default."""
-    steps = [600 * (i + 1) for i in range(len(values))]
-    curves = {"eval/episodic_return": list(zip(steps, values, strict=True))}
-    curves["charts/SPS"] = [(step, speed) for step in steps]
-    facts = {"env_id": "Some-v0", "exp_name": name, "seed": str(seed)} | {
-        k: str(v) for k, v in facts.items()
-    }
+def a_run(tmp_path, name, seed, returns, first=600, **facts):
+    """A csv with evaluations after 600, 1200, ... steps."""
+    curve = [(first + 600 * i, value) for i, value in enumerate(returns)]
+    facts = {key: str(value) for key, value in facts.items()}
+    run = make_run({RETURN: curve}, exp_name=name, seed=str(seed), **facts)
     path = tmp_path / f"{name}__{seed}__{len(list(tmp_path.glob('*.csv')))}.csv"
-    plot.write_csv(plot.Run(facts, curves), path)
+    plot.write_csv(run, path)
     return path
 
 
 def test_interquartile_mean_and_its_interval():
-    values = np.array([[0.0], [1.0], [2.0], [100.0]])
-    centre, low, high = plot.summary(values, "iqm")
+    centre, low, high = plot.summary(np.array([[0.0, 1.0, 2.0, 100.0]]), "iqm")
     assert centre[0] == 1.5 and 0 <= low[0] < 1.5 < high[0] <= 100
-    assert plot.summary(np.full((4, 3), 7.0), "iqm")[1].tolist() == [7.0] * 3
-    mean, low, high = plot.summary(values, "mean")
-    assert mean[0] == 25.75 and high[0] - mean[0] == pytest.approx(values.std()) == mean[0] - low[0]
+    assert plot.summary(np.full((3, 1), 7.0), "iqm")[1].tolist() == [7.0] * 3
+    mean, low, high = plot.summary(np.array([[0.0, 1.0, 2.0, 100.0]]), "mean")
+    std = np.std([0, 1, 2, 100])
+    assert mean[0] == 25.75 and high[0] - mean[0] == pytest.approx(std) == mean[0] - low[0]
 
 
-def test_time_to_return(tmp_path):
-    run = plot.read_csv(a_run(tmp_path, "sac_continuous", 1, [10.0, 50.0, 40.0, 80.0], speed=30.0))
-    minutes = plot.times_to(run, [5.0, 50.0, 60.0, 90.0], "eval/episodic_return")
-    np.testing.assert_allclose(minutes, [20 / 60, 40 / 60, 80 / 60, np.inf])
-
-
-def test_figures_of_all_kinds(tmp_path, monkeypatch):
-    files = [
-        a_run(tmp_path, "diffsac_continuous", s, [1.0, 2.0 * k + s], diffusion_steps=k)
-        for k in (1, 4)
-        for s in (1, 2)
-    ]
+def test_figures_of_both_kinds(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot, "save", lambda fig, to: drawn.append(fig))
-    plot.ablation(files, to=tmp_path / "k.png")
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    name = "diffsac_continuous"
+    sweep = [(k, s) for k in (1, 4) for s in (1, 2)]
+    files = [a_run(tmp_path, name, s, [1.0, 2.0 * k + s], diffusion_steps=k) for k, s in sweep]
+    plot.figure(files, to=tmp_path, against="diffusion_steps")
     bars = drawn[-1].axes[0].containers[0]
     np.testing.assert_allclose(bars[0].get_xydata(), [[1, 3.5], [4, 9.5]])
-    files = [
-        a_run(tmp_path, "sac_continuous", 1, [1.0, 9.0]),
-        a_run(tmp_path, "diffsac_continuous", 1, [1.0, 9.0], speed=30.0),
-    ]
-    plot.reach(files, to=tmp_path / "time.png", levels=2)
-    lines = {line.get_label(): line.get_xydata() for line in drawn[-1].axes[0].lines}
-    np.testing.assert_allclose(lines["sac (1 seed)"], [[10 / 60, 1], [20 / 60, 9]])
-    np.testing.assert_allclose(lines["diffsac (1 seed)"], [[20 / 60, 1], [40 / 60, 9]])
-    plot.figure(files, to=tmp_path / "iqm.png", stat="iqm")
-    assert len(drawn[-1].axes[0].lines) == 4
-    for draw in (plot.ablation, plot.reach):
-        with pytest.raises(SystemExit, match="none of the files"):
-            draw([], to=tmp_path / "none.png")
+    files = [a_run(tmp_path, "sac_continuous", seed, [1.0, 8.0 + seed]) for seed in (1, 2)]
+    plot.figure(files, to=tmp_path)
+    curve, *thin = drawn[-1].axes[0].lines
+    assert curve.get_label() == "sac (2 seeds)" and len(thin) == 2
+    np.testing.assert_allclose(curve.get_xydata(), [[600, 1], [1200, 9.5]])
+    plot.figure(files, to=tmp_path, stat="iqm")
+    assert len(drawn) == 3
 
 
-def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path):
-    other = [
-        a_run(tmp_path, "diffsac_continuous", 1, [1.0, 2.0], diffusion_steps=k) for k in (1, 4)
-    ]
-    apart = [a_run(tmp_path, "sac_continuous", seed, [1.0, 2.0]) for seed in (1, 2)]
-    apart[1].write_text(
-        apart[1].read_text().replace("\n600,", "\n601,").replace("\n1200,", "\n1201,")
-    )
-    for draw in (plot.table, lambda files: plot.figure(files, to=tmp_path / "figure.png")):
-        with pytest.raises(SystemExit, match="another run of diffsac_continuous with seed 1"):
-            draw(other)
-    with pytest.raises(SystemExit, match="no steps of eval/episodic_return in common"):
-        plot.figure(apart, to=tmp_path / "figure.png")
-    assert not (tmp_path / "figure.png").exists()
-
-
-def test_a_metric_that_no_file_has_is_refused(tmp_path):
-    with pytest.raises(SystemExit):
-        plot.figure([], to=tmp_path / "figure.png")
-    assert not (tmp_path / "figure.png").exists()
+def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path, capsys):
+    other = [a_run(tmp_path, "diffsac", 1, [1.0, 2.0], diffusion_steps=k) for k in (1, 4)]
+    apart = [a_run(tmp_path, "sac", seed, [1.0, 2.0], first=600 + seed) for seed in (1, 2)]
+    for draw in (plot.table, lambda files: plot.figure(files, to=tmp_path)):
+        assert "another run of diffsac with seed 1" in refused(capsys, draw, other)
+        assert f"no steps of {RETURN} in common" in refused(capsys, draw, apart)
+        assert "none of these is a run" in refused(capsys, draw, [tmp_path / "nothing"])
+    assert "no steps of losses/alpha" in refused(capsys, plot.table, other[:1], "losses/alpha")
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -202,5 +199,15 @@ def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, cap
         [20 * np.tanh(0.5)] * 2, rel=1e-5
     )
     (tmp_path / "garbage.pt").write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="no checkpoint"):
-        enjoy.main(enjoy.Args(tmp_path / "garbage.pt"))
+    assert "no checkpoint" in refused(capsys, enjoy.main, enjoy.Args(tmp_path / "garbage.pt"))
+    path = tmp_path / "checkpoint.pt"
+    for flags in (
+        {"env_id": "MountainCarContinuous-v0"},
+        {"env_id": "Nothing-v0"},
+        {"seed": -1},
+        {"episodes": 0},
+    ):
+        assert refused(capsys, enjoy.main, enjoy.Args(path, **flags))
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert "display" in refused(capsys, enjoy.main, enjoy.Args(path, render=True))

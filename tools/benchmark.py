@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,18 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def cores():
+    """Cores that this process may use; numbers none where the system does not tell (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return [None] * (os.cpu_count() or 1)
+
+
 @dataclass
 class Args:
     suite: tyro.conf.Positional[str]
@@ -40,7 +53,7 @@ class Args:
     "scripts with their flags, without the seed; {a,b} makes one command for each"
     seeds: tuple[int, ...] = (1, 2, 3)
     "every command runs with each of these seeds"
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    workers: int = field(default_factory=lambda: len(cores()))
     "trainings at the same time, each pinned to a core"
     folder: Path = ROOT / "runs" / "benchmark"
     "where the folders of the suites are"
@@ -64,7 +77,10 @@ class Cell:
 
     def __init__(self, command, folder):
         self.command = command
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            fail(f"cannot read the command {command}: {error}")
         name = "_".join(word.removeprefix("--") for word in words).replace(".py", "")
         name = re.sub(r"[^\w.-]+", "-", name)
         if len(name.encode()) > 255:  # more than file systems allow; the digest is of the whole
@@ -154,7 +170,7 @@ class Cell:
 
 def run_all(cells, workers, stop):
     """Run the cells on `workers` threads, each with a core of its own, under a bar with the time that is left."""
-    cores = sorted(os.sched_getaffinity(0))
+    slots = cores()
     free = list(range(workers))
     waiting = [cell for cell in cells if cell.status().get("state") != "done"]
     bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run", smoothing=0)
@@ -163,7 +179,7 @@ def run_all(cells, workers, stop):
         slot = free.pop()
         bar.set_postfix_str(cell.folder.name, refresh=True)
         try:
-            cell.run(stop, cores[slot % len(cores)])
+            cell.run(stop, slots[slot % len(slots)])
         finally:
             free.append(slot)
         if cell.status().get("state") == "done":
@@ -219,10 +235,16 @@ def main(args: Args):
         for seed in args.seeds
     ]
     if len({cell.folder for cell in cells}) < len(cells):
-        sys.exit("error: a command stands twice in the grid")
+        fail("a command stands twice in the grid")
     for cell in cells:
         if not cell.script.exists():
-            sys.exit(f"error: {cell.script} does not exist")
+            fail(f"{cell.script} does not exist")
+    if args.workers < 1:
+        fail("--workers must be at least 1")
+    if args.only is not None and not 0 <= args.only < len(cells):
+        fail(f"--only must lie between 0 and {len(cells) - 1}")
+    if args.slurm and not shutil.which("sbatch"):
+        fail("--slurm needs sbatch, which is not here")
     if args.slurm:
         return submit(cells, args)
     stop = []

@@ -1,15 +1,19 @@
 """Evaluate, watch or film the policy of a checkpoint of any script.
 
-    python tools/enjoy.py runs/<run>/checkpoint.pt                            returns of 10 episodes as JSON
-    python tools/enjoy.py runs/<run>/checkpoint.pt --mean-action --render     in a window
-    python tools/enjoy.py runs/<run>/checkpoint.pt --video videos --episodes 2
+Returns of ten episodes, as JSON:
 
-Without a display set MUJOCO_GL=egl. Videos need moviepy, Pendulum's pictures pygame.
+    python tools/enjoy.py CHECKPOINT
+
+In a window, without noise, or as films in the folder `videos` (needs moviepy):
+
+    python tools/enjoy.py CHECKPOINT --mean-action --render
+    python tools/enjoy.py CHECKPOINT --video videos --episodes 2
 """
 
 import importlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -26,20 +30,18 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Args:
-    checkpoint: tyro.conf.Positional[Path]
-    "written by one of the scripts"
-    episodes: int = 10
-    "episodes to run, one after the other"
-    mean_action: bool = False
-    "act without noise"
-    render: bool = False
-    "show a window"
-    video: Path | None = None
-    "folder for one video of each episode"
-    seed: int = 0
-    "seed of the first episode and of the actions; the next episodes count on"
-    env_id: str | None = None
-    "another environment with the same spaces, such as the -v5 of a -v4"
+    checkpoint: tyro.conf.Positional[Path]  # written by one of the scripts
+    episodes: int = 10  # one after the other
+    mean_action: bool = False  # act without noise
+    render: bool = False  # show a window
+    video: Path | None = None  # folder for a film of each episode
+    seed: int = 0  # of actions and the first episode; the next ones count on
+    env_id: str | None = None  # one with the same spaces, such as the -v5 of a -v4
+
+
+def fail(message):
+    print(f"error: {' '.join(str(message).split())[:200]}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Normalised:
@@ -54,44 +56,55 @@ class Normalised:
 
 
 def load_actor(path):
-    """The actor of a checkpoint, whichever script wrote it, the checkpoint, and a wrapper for the environment."""
+    """The actor of a checkpoint, whichever script wrote it; the checkpoint; the script's module."""
     try:
         script = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
     except Exception as error:
-        sys.exit(f"error: {path} is no checkpoint of these scripts ({type(error).__name__})")
+        fail(f"{path} is no checkpoint of these scripts ({type(error).__name__})")
     if not (ROOT / f"{script}.py").exists():
-        sys.exit(f"error: there is no {script}.py here")
+        fail(f"there is no {script}.py here")
     module = importlib.import_module(script)
     checkpoint = module.load_checkpoint(path)
-    args = checkpoint["args"]
-    envs = module.make_envs(args.env_id, 1)
-    obs_dim, action_dim = (
-        envs.single_observation_space.shape[0],
-        envs.single_action_space.shape[0],
-    )
-    envs.close()
-    actor = module.Actor(obs_dim, action_dim, args)
-    obs_rms = module.RunningMeanStd(obs_dim, args.normalize_obs)
+    obs_dim, action_dim = len(checkpoint["obs_rms"]["mean"]), len(checkpoint["action_low"])
+    actor = module.Actor(obs_dim, action_dim, checkpoint["args"])
+    obs_rms = module.RunningMeanStd(obs_dim, checkpoint["args"].normalize_obs)
     actor.load_state_dict(checkpoint["actor"])
     obs_rms.load_state_dict(checkpoint["obs_rms"])
-    return Normalised(actor, obs_rms), checkpoint, module.Interface
+    return Normalised(actor, obs_rms), checkpoint, module
+
+
+def make_env(args, checkpoint, module):
+    """The environment of the checkpoint, or another one with the same spaces."""
+    env_id = args.env_id or checkpoint["args"].env_id
+    if args.episodes < 1 or args.seed < 0:
+        fail("--episodes must be at least 1, and --seed not negative")
+    if args.video and not importlib.util.find_spec("moviepy"):
+        fail("--video needs the package moviepy")
+    if args.render and sys.platform == "linux":
+        if not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
+            fail("--render needs a display; --video films without one")
+    mode = "human" if args.render else "rgb_array" if args.video else None
+    module.make_envs(env_id, 1).close()  # refuses what the script refuses
+    try:
+        env = gym.make(env_id, **({"render_mode": mode} if mode else {}))
+        if args.video:
+            name, every = re.sub(r"[^\w.-]", "-", env_id), lambda episode: True
+            env = gym.wrappers.RecordVideo(env, str(args.video), every, name_prefix=name)
+        env = module.Interface(env)
+        if mode:
+            env.reset(seed=args.seed)  # the first picture
+    except Exception as error:  # of pictures above all: packages and drivers of all kinds
+        fail(f"cannot open {env_id}: {error}")
+    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    if sizes != (len(checkpoint["obs_rms"]["mean"]), len(checkpoint["action_low"])):
+        fail(f"the policy is of {checkpoint['args'].env_id}, whose spaces {env_id} does not have")
+    return env
 
 
 def main(args: Args):
-    actor, checkpoint, wrap = load_actor(args.checkpoint)
-    env_id = args.env_id or checkpoint["args"].env_id
-    if env_id.startswith("dm_control/"):
-        import shimmy  # noqa: F401
-    if args.video and not importlib.util.find_spec("moviepy"):
-        sys.exit("error: --video needs the package moviepy")
-    mode = "human" if args.render else "rgb_array" if args.video else None
-    env = gym.make(env_id, render_mode=mode) if mode else gym.make(env_id)
-    if args.video:
-        prefix = re.sub(r"[^\w.-]", "-", env_id)
-        env = gym.wrappers.RecordVideo(
-            env, str(args.video), episode_trigger=lambda _: True, name_prefix=prefix
-        )
-    env = wrap(env)
+    actor, checkpoint, module = load_actor(args.checkpoint)
+    env = make_env(args, checkpoint, module)
+    policy = actor.mean_action if args.mean_action else lambda obs: actor.sample(obs)[0]
     torch.manual_seed(args.seed)
     returns, lengths = [], []
     for episode in range(args.episodes):
@@ -99,26 +112,17 @@ def main(args: Args):
         total, length, ended = 0.0, 0, False
         while not ended:
             with torch.no_grad():
-                rows = torch.as_tensor(np.asarray(obs), dtype=torch.float32)[None]
-                action = actor.mean_action(rows) if args.mean_action else actor.sample(rows)[0]
-            obs, reward, terminated, truncated, _ = env.step(action[0].numpy())
-            total, length, ended = total + float(reward), length + 1, terminated or truncated
+                action = policy(torch.as_tensor(obs)[None])[0].numpy()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, length, ended = total + reward, length + 1, terminated or truncated
         returns.append(total)
         lengths.append(length)
     env.close()
-    facts = {
-        "checkpoint": str(args.checkpoint),
-        "env_id": env_id,
-        "global_step": checkpoint["global_step"],
-    }
-    facts |= {"mean_action": args.mean_action, "episodes": args.episodes, "seed": args.seed}
-    numbers = {
-        "mean_return": np.mean(returns),
-        "std_return": np.std(returns),
-        "returns": returns,
-        "lengths": lengths,
-    }
-    print(json.dumps(facts | numbers, indent=1))
+    facts = {"checkpoint": str(args.checkpoint), "env_id": env.unwrapped.spec.id}
+    facts |= {"global_step": checkpoint["global_step"], "mean_action": args.mean_action}
+    facts |= {"episodes": args.episodes, "seed": args.seed}
+    numbers = {"mean_return": np.mean(returns), "std_return": np.std(returns)}
+    print(json.dumps(facts | numbers | {"returns": returns, "lengths": lengths}, indent=1))
 
 
 if __name__ == "__main__":
