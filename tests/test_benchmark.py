@@ -118,7 +118,7 @@ def test_failures_are_told_at_the_end_and_tried_again(tmp_path):
     assert call(tmp_path, bad, QUICK)[1] == 1
     assert sorted(starts(tmp_path)) == [1, 2]
     error, code = call(tmp_path, "nowhere.py")
-    assert code == 1 and "does not exist" in error
+    assert code == 2 and "does not exist" in error
 
 
 def kill_tree(process):
