@@ -1,6 +1,4 @@
-"""toys/ and tools/multimodality.py: exact optima by other means, and the tool on policies whose numbers are known."""
-
-import importlib.util
+"""toys/: exact optima by other means; toys/measure.py on policies whose numbers are known."""
 
 import gymnasium as gym
 import numpy as np
@@ -15,10 +13,8 @@ import dime
 import sac_continuous
 import toys
 from tests.common import ROOT, make_actor, randomise, run_script
-
-spec = importlib.util.spec_from_file_location("multimodality", ROOT / "tools" / "multimodality.py")
-multimodality = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(multimodality)
+from tools.enjoy import Normalised
+from toys import measure
 
 IDS = ("toys:TurningDoubleWell-v0", "toys:TurningGMM-v0")
 TABLE = {  # temperature: E[R], entropy, density at the peaks and at 0, E|a|, alpha log Z
@@ -182,55 +178,39 @@ class ExactMixture(torch.nn.Module):
 
 
 def policy_of(actor, alpha, env_id=IDS[0]):
-    args = sac_continuous.Args(env_id=env_id)
-    return multimodality.Policy("exact", actor, args, gym.make(env_id).unwrapped, alpha)
+    return measure.Policy("exact", 1, actor, gym.make(env_id).unwrapped, alpha, 0.99)
 
 
 def test_table_of_the_exact_policy():
-    row = multimodality.compare(policy_of(Exact(0.05), 0.05), 20_000, 200)[0]
-    assert row["tv"] < 0.03 and (row["kept"], len(row["modes"])) == (16, 16) and row["least"] > 0.95
-    assert abs(row["regret"]) < 0.002 and abs(row["gap"]) < 1e-3 and abs(row["kl"]) < 0.003
-    assert abs(row["single_error"]) < 1e-3 and abs(row["episode_error"]) < 1e-3
-    assert row["single_size"] > 0.999 and row["episode_size"] > 0.95
+    row = measure.compare(policy_of(Exact(0.05), 0.05), 20_000, 200)[0]
+    assert row["tv"] < 0.03 and (row["kept"], row["modes"]) == (16, 16)
+    assert abs(row["regret"]) < 0.002 and abs(row["gap"]) < 1e-3
 
 
 def test_table_of_the_exact_mixture():
-    """It visits some sectors more than others, so that its mean reward is not that of all headings: no regret yet."""
-    row = multimodality.compare(policy_of(ExactMixture(), 1.0, IDS[1]), 20_000, 4_000)[0]
-    assert row["tv"] < 0.04 and (row["kept"], len(row["modes"])) == (84, 84)
+    """It visits some sectors more than others: its regret is against the headings visited."""
+    row = measure.compare(policy_of(ExactMixture(), 1.0, IDS[1]), 20_000, 4_000)[0]
+    assert row["tv"] < 0.04 and (row["kept"], row["modes"]) == (84, 84)
     assert abs(row["regret"]) < 0.009  # 0.017 off the mean over all headings; standard error 0.002
-    assert abs(row["gap"]) < 1e-3 and abs(row["episode_error"]) < 1e-3 and abs(row["kl"]) < 0.02
+    assert abs(row["gap"]) < 1e-3
 
 
 def test_table_of_a_policy_with_one_mode():
-    """Right half only: TV 1/2, half of the modes, a KL of log 2 a step, and half of Z from its samples."""
-    row = multimodality.compare(policy_of(Exact(0.05, left=0.0), 0.05), 20_000, 200)[0]
-    assert row["tv"] == pytest.approx(0.5, abs=0.02) and (row["kept"], len(row["modes"])) == (8, 16)
-    for heading, mode, exact_mass, mass in row["modes"]:
-        assert heading % 45 == pytest.approx(0) and exact_mass == pytest.approx(0.5)
-        assert mass == pytest.approx(float(mode > 0), abs=1e-3) and abs(mode) == 0.5
+    """Right half only: TV 1/2, half of the modes, a KL of log 2 a step."""
+    row = measure.compare(policy_of(Exact(0.05, left=0.0), 0.05), 20_000, 200)[0]
+    assert row["tv"] == pytest.approx(0.5, abs=0.02) and (row["kept"], row["modes"]) == (8, 16)
     assert row["gap"] == pytest.approx(np.log(2), abs=1e-3) and abs(row["regret"]) < 0.003
-    assert row["kl"] == pytest.approx(np.log(2), abs=3e-3)
-    assert row["single_error"] == pytest.approx(-np.log(2), abs=1e-3)
-    assert row["episode_error"] == pytest.approx(-np.log(2), abs=1e-3)
 
 
 def test_table_of_a_uniform_policy():
-    """Against quadrature: what it loses, its divergence from the optimum, and what its weights are worth."""
+    """Against quadrature: what it loses, and its divergence from the optimum."""
     alpha, reward = 0.2, lambda a: toys.double_well_reward(0.0, a)
-    row = multimodality.compare(policy_of(Uniform(), alpha), 20_000, 1_000)[0]
-    mean = 0.5 * integrate.quad(reward, -1, 1, points=(-0.5, 0.5))[0]
-    first, second = (
-        0.5
-        * integrate.quad(lambda a, n=n: np.exp(n * reward(a) / alpha), -1, 1, points=(-0.5, 0.5))[0]
-        for n in (1, 2)
-    )
+    row = measure.compare(policy_of(Uniform(), alpha), 20_000, 1_000)[0]
+    integral = lambda f: 0.5 * integrate.quad(f, -1, 1, points=(-0.5, 0.5))[0]
+    mean, whole = integral(reward), integral(lambda a: np.exp(reward(a) / alpha))
     assert row["reward"] == pytest.approx(mean, abs=0.004)
     assert row["regret"] == pytest.approx(mean - TABLE[alpha][0], abs=0.004)  # below the optimum
-    assert row["gap"] == pytest.approx(np.log(first) - mean / alpha, abs=0.02)
-    assert row["kl"] == pytest.approx(np.log(first) - mean / alpha, abs=0.03)
-    assert row["single_error"] == pytest.approx(0, abs=0.01)
-    assert row["single_size"] == pytest.approx(first**2 / second, abs=0.01)
+    assert row["gap"] == pytest.approx(np.log(whole) - mean / alpha, abs=0.02)
 
 
 @pytest.mark.parametrize("script", [diffsac_continuous, diffppo_continuous, dime])
@@ -239,12 +219,12 @@ def test_weights_of_a_chain_are_those_of_its_actions(script):
     torch.manual_seed(1)
     actor = make_actor(script, 2, diffusion_steps=3, prior_std=1.0)
     randomise(actor, 0.05)
-    row = multimodality.compare(policy_of(actor, 1.0), 20_000, 10)[0]
-    assert (
-        row["tv"] > 0.1
-        and row["single_size"] > 0.4
-        and row["single_error"] == pytest.approx(0, abs=0.015)
-    )
+    policy, exact = policy_of(actor, 1.0), toys.optimum(toys.TurningDoubleWell(), 1.0)
+    headings = np.zeros(200_000)
+    action, log_ratio = measure.sample(policy, headings)
+    weights = np.exp(policy.env.reward(headings, action) - log_ratio)
+    assert np.log(weights.mean()) == pytest.approx(exact.log_partition[0], abs=0.015)
+    assert measure.compare(policy, 5_000, 10)[0]["tv"] > 0.1
 
 
 def test_optimum_refuses_a_temperature_without_a_density():
@@ -255,19 +235,14 @@ def test_optimum_refuses_a_temperature_without_a_density():
             toys.optimum(env, alpha)
 
 
-def test_log_z_is_left_out_where_it_depends_on_the_heading():
-    row = multimodality.compare(policy_of(Uniform(), 2.0, IDS[1]), 500, 10)[0]
-    assert all(
-        np.isnan(row[name]) for name in ("gap", "single_error", "episode_error")
-    ) and np.isfinite(row["regret"])
+def test_the_gap_is_left_out_where_log_z_depends_on_the_heading():
+    row = measure.compare(policy_of(Uniform(), 2.0, IDS[1]), 500, 10)[0]
+    assert np.isnan(row["gap"]) and np.isfinite(row["regret"])
 
 
-@pytest.mark.parametrize(
-    "left,kept", [(0.2, 16), (0.1, 8)]
-)  # masses of the left mode: 1 / 6 and 1 / 11 of 1 / 2
+@pytest.mark.parametrize("left,kept", [(0.2, 16), (0.1, 8)])  # left mode: 1 / 6 and 1 / 11 of 1 / 2
 def test_a_mode_is_kept_from_a_quarter_of_its_mass_on(left, kept):
-    row = multimodality.compare(policy_of(Exact(0.05, left), 0.05), 20_000, 10)[0]
-    assert row["kept"] == kept and row["least"] == pytest.approx(2 * left / (1 + left), abs=0.02)
+    assert measure.compare(policy_of(Exact(0.05, left), 0.05), 20_000, 200)[0]["kept"] == kept
 
 
 @pytest.mark.parametrize("script", [diffsac_continuous, diffppo_continuous, dime])
@@ -279,7 +254,7 @@ def test_latents_of_the_chain_lead_to_the_action(script):
     torch.manual_seed(2)
     action = actor.sample(obs)[0]
     torch.manual_seed(2)
-    latents = multimodality.chain_latents(actor, obs)
+    latents = measure.latents_of(Normalised(actor, lambda obs: obs), obs)
     assert latents.shape == (4, 4000)
     torch.testing.assert_close(torch.tanh(latents[0]), action[:, 0])
     assert latents[3].std().item() == pytest.approx(args.prior_std, rel=0.05)
@@ -296,42 +271,20 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     assert run_script(monkeypatch, diffppo_continuous, "--env-id", IDS[1], *flags, *on) == 0
     capsys.readouterr()
     checkpoints = sorted(tmp_path.glob("runs/*/checkpoint.pt"))
-    multimodality.table(checkpoints, samples=200, trajectories=10)
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["sac, seed 1", "diffppo, seed 1"]
-    assert [row.split("|")[2].strip() for row in rows] == ["0.05", "1"]
-    multimodality.table(
-        checkpoints, samples=200, trajectories=10, distinguish=("alpha", "delta_last")
-    )
-    names = [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines()[2:]]
-    with pytest.raises(SystemExit, match="one environment"):
-        multimodality.table(
-            checkpoints, samples=200, trajectories=10, figure=tmp_path / "table.png"
-        )
-    multimodality.table(
-        checkpoints[1:], samples=200, trajectories=10, figure=tmp_path / "table.png"
-    )
-    capsys.readouterr()
-    assert names == [
-        "sac alpha=0.05 delta_last=None, seed 1",
-        "diffppo alpha=1.0 delta_last=0.01, seed 1",
-    ]
-    multimodality.table(
-        [checkpoints[1]] * 2, samples=200, trajectories=10, modes=tmp_path / "modes.csv"
-    )
+    measure.table(checkpoints, samples=200, episodes=10)
+    rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["sac, seed 1", "diffppo, seed 1"]
+    assert [row[2].strip() for row in rows] == ["0.05", "1"]
+    figure = tmp_path / "table.png"
+    with pytest.raises(SystemExit):
+        measure.table(checkpoints, samples=200, episodes=10, figure=figure)
+    assert "one environment" in capsys.readouterr().err
+    measure.table([checkpoints[1]] * 2, samples=200, episodes=10, figure=figure)
     single, _, mean = (row.split("|") for row in capsys.readouterr().out.splitlines()[2:])
-    assert (
-        mean[1].strip() == "diffppo, TurningGMM-v0, 2 runs"
-        and mean[3].strip() == single[3].strip() + " ± 0.000"
-    )
-    modes = [line.split(",") for line in (tmp_path / "modes.csv").read_text().splitlines()[1:]]
-    assert (
-        len(modes) == 2 * 84
-        and modes[0][:3] == [IDS[1], "diffppo", "1"]
-        and modes[:84] == modes[84:]
-    )
-    assert sum(float(mode[5]) for mode in modes) == pytest.approx(2 * 24, abs=0.05)
-    multimodality.chain(checkpoints[1], tmp_path / "chain.png", samples=200)
+    assert mean[1].strip() == "diffppo, TurningGMM-v0, 2 runs"
+    assert mean[3].strip() == single[3].strip() + " ± 0.000"
+    measure.chain(checkpoints[1], tmp_path / "chain.png", samples=200)
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("table", "chain"))
-    with pytest.raises(SystemExit, match="has no chain"):
-        multimodality.chain(checkpoints[0], tmp_path / "none.png")
+    with pytest.raises(SystemExit):
+        measure.chain(checkpoints[0], tmp_path / "none.png")
+    assert "has no chain" in capsys.readouterr().err
