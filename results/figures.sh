@@ -1,11 +1,13 @@
 #!/bin/sh
-# The learning curves of README and docs, and table.md, from the curves in results/: ./results/figures.sh
+# The learning curves of the pages, and table.md, from results/curves: ./results/figures.sh
 set -e
 cd "$(dirname "$0")/.."
 plot() { python tools/plot.py "$@"; }
+curves=results/curves
 
-plot table results/Pendulum-v1/*.csv results/HalfCheetah-v4/*.csv results/Humanoid-v4/*.csv > results/table.md
-plot figure results/Pendulum-v1/*sac*.csv results/Pendulum-v1/*wpo*.csv results/Pendulum-v1/dime*.csv --to docs/images/pendulum_off_policy.png
-plot figure results/Pendulum-v1/*ppo*.csv results/HalfCheetah-v4/*ppo*.csv --to docs/images/ppo_diffppo.png
-plot figure results/HalfCheetah-v4/*sac*.csv results/HalfCheetah-v4/*wpo*.csv results/HalfCheetah-v4/dime*.csv --to docs/images/halfcheetah_off_policy.png
-plot figure results/Humanoid-v4/*.csv --to docs/images/humanoid_diffsac.png
+plot table $curves/Pendulum-v1/*.csv $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/table.md
+for task in Pendulum-v1 HalfCheetah-v4; do
+    plot figure $curves/$task/*sac*.csv $curves/$task/*wpo*.csv $curves/$task/dime*.csv --to docs/images/off_policy
+    plot figure $curves/$task/*ppo*.csv --to docs/images/on_policy
+done
+plot figure $curves/Humanoid-v4/*.csv --to docs/images/all

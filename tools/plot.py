@@ -146,7 +146,7 @@ def export(
 
 
 def curves_of(runs, metric, key=()):
-    """{environment: {(name, values of key): table of the metric, a row a step, a column a seed}}."""
+    """{environment: {(name, values of key): table with a row a step and a column a seed}}."""
     found = defaultdict(lambda: defaultdict(dict))
     for path, run in read(runs):
         curve = run.curves[run.curves.metric == metric].drop_duplicates("step", keep="last")
