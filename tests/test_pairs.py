@@ -1,6 +1,7 @@
 """Pairs are read side by side: small diffs, shared definitions of exactly the same text."""
 
 import ast
+import dataclasses
 import difflib
 import html
 import re
@@ -115,6 +116,20 @@ def test_lengths(file):
     longest = max(map(len, lines))
     assert above <= LINES[file][0] and len(lines) <= LINES[file][1], (above, len(lines))
     assert length <= MOST_OF_MAIN and longest <= 100, (length, longest)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_page_of_flags_has_every_default(script):
+    header, _, *rows = [row for row in pairs.flags_page().splitlines() if row.startswith("|")]
+    column = header.split("|").index(f" {script.__name__.removesuffix('_continuous')} ")
+    shown = {row.split("|")[1].strip(): row.split("|")[column].strip() for row in rows}
+    for field in dataclasses.fields(script.Args):
+        value = shown.pop(f"`--{field.name.replace('_', '-')}`")
+        if field.name != "exp_name":
+            words = {True: "on", False: "off"}
+            expected = words[field.default] if isinstance(field.default, bool) else field.default
+            assert value.replace("_", "") == str(expected) or float(value) == expected
+    assert set(shown.values()) <= {""}
 
 
 @each_pair

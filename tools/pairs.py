@@ -73,9 +73,29 @@ def page(pair):
     return f"# {title(pair)}\n\n{text}\n\n<div class=side-by-side>\n{rows}\n</div>\n"
 
 
+def flags_page():
+    """All flags and their defaults, scripts side by side, from the lines of their `Args`."""
+    scripts = [*dict.fromkeys(file for pair in PAIRS for file in pair[:2]), "dime.py"]
+    names = [file.removesuffix(".py").removesuffix("_continuous") for file in scripts]
+    defaults, meaning = {}, {}
+    for file, script in zip(scripts, names, strict=True):
+        body = (ROOT / file).read_text().split("class Args:")[1].split("\n\n\n")[0]
+        for flag, value, words in re.findall(r"^    (\w+): .*? = (.*?)  # (.*)$", body, re.M):
+            value = {"True": "on", "False": "off"}.get(value, value.strip('"'))
+            defaults.setdefault(flag, {})[script] = script if flag == "exp_name" else value
+            meaning.setdefault(flag, words)
+    rows = [f"| flag | {' | '.join(names)} | |", "|---" * (len(names) + 2) + "|"]
+    for flag, values in defaults.items():
+        cells = " | ".join(values.get(script, "") for script in names)
+        rows.append(f"| `--{flag.replace('_', '-')}` | {cells} | {meaning[flag]} |")
+    text = "Defaults of all scripts; empty where a script does not have the flag."
+    return f"# All flags\n\n{text}\n\n" + "\n".join(rows) + "\n"
+
+
 def on_files(files, config):
     from mkdocs.structure.files import File
 
+    files.append(File.generated(config, "flags.md", content=flags_page()))
     for pair in PAIRS:
         name = f"diffs/{'-'.join(file.removesuffix('.py') for file in pair[:2])}.md"
         files.append(File.generated(config, name, content=page(pair)))
