@@ -345,8 +345,9 @@ def main(args: Args):
         rows, scale, metrics = make_rows(*networks, rollout, alpha, args)
         for _ in range(args.update_epochs):
             order = torch.randperm(len(rows.obs), device=device)
-            for part in order.tensor_split(args.num_minibatches):
-                metrics |= update(Rows(*(x[part] for x in rows)), alpha * scale)
+            shuffled = (x[order].tensor_split(args.num_minibatches) for x in rows)
+            for batch in zip(*shuffled, strict=True):
+                metrics |= update(Rows(*batch), alpha * scale)
             if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
                 break
         obs_rms.update(rollout.obs.flatten(0, 1))  # only now: the ratios need the rollout's
@@ -463,22 +464,24 @@ class Interface(gym.Wrapper):
         if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
             raise ValueError(f"the bounds of its actions meet, or are 1e9 and more: {space}")
         self.centre, self.half_width = (high + low) / 2, (high - low) / 2
+        self.low, self.high, self.dtype = low, high, space.dtype
         self.bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
-        size = gym.spaces.flatdim(obs_space)
+        self.mixed, size = not isinstance(obs_space, gym.spaces.Box), gym.spaces.flatdim(obs_space)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, space.shape, np.float32)
 
     def observation(self, obs):  # a copy: an environment may write all of them into one array
+        if self.mixed:
+            obs = gym.spaces.flatten(self.env.observation_space, obs)
         with np.errstate(over="ignore"):  # `Run.check` stops at what is then infinite
-            return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
+            return np.array(obs, np.float32).reshape(self.observation_space.shape)
 
     def reset(self, **options):
         return self.observation(self.env.reset(**options)[0]), {}
 
     def step(self, action):
-        space = self.env.action_space
-        action = np.clip(self.centre + self.half_width * action, space.low, space.high)
-        obs, reward, terminated, truncated, _ = self.env.step(action.astype(space.dtype))
+        action = np.maximum(self.low, np.minimum(self.high, self.centre + self.half_width * action))
+        obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.dtype))
         ended = bool(terminated), bool(truncated)
         return self.observation(obs), float(np.squeeze(reward)), *ended, {}
 

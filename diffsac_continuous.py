@@ -479,22 +479,24 @@ class Interface(gym.Wrapper):
         if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
             raise ValueError(f"the bounds of its actions meet, or are 1e9 and more: {space}")
         self.centre, self.half_width = (high + low) / 2, (high - low) / 2
+        self.low, self.high, self.dtype = low, high, space.dtype
         self.bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
-        size = gym.spaces.flatdim(obs_space)
+        self.mixed, size = not isinstance(obs_space, gym.spaces.Box), gym.spaces.flatdim(obs_space)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, space.shape, np.float32)
 
     def observation(self, obs):  # a copy: an environment may write all of them into one array
+        if self.mixed:
+            obs = gym.spaces.flatten(self.env.observation_space, obs)
         with np.errstate(over="ignore"):  # `Run.check` stops at what is then infinite
-            return np.array(gym.spaces.flatten(self.env.observation_space, obs), np.float32)
+            return np.array(obs, np.float32).reshape(self.observation_space.shape)
 
     def reset(self, **options):
         return self.observation(self.env.reset(**options)[0]), {}
 
     def step(self, action):
-        space = self.env.action_space
-        action = np.clip(self.centre + self.half_width * action, space.low, space.high)
-        obs, reward, terminated, truncated, _ = self.env.step(action.astype(space.dtype))
+        action = np.maximum(self.low, np.minimum(self.high, self.centre + self.half_width * action))
+        obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.dtype))
         ended = bool(terminated), bool(truncated)
         return self.observation(obs), float(np.squeeze(reward)), *ended, {}
 

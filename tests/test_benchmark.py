@@ -36,7 +36,7 @@ def call(tmp_path, *commands, seeds=(1,), wait=True, **popen):
     ]
     words += ["--seeds", *map(str, seeds), "--commands", *commands]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, **popen)
-    return (process.communicate(timeout=300)[1], process.returncode) if wait else process
+    return (process.communicate(timeout=1200)[1], process.returncode) if wait else process
 
 
 def cells(tmp_path):
@@ -57,7 +57,7 @@ def checkpoints(tmp_path):
     ]
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=1200):
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline
@@ -173,7 +173,7 @@ def test_ctrl_c_leaves_checkpoints(tmp_path):
     process = call(tmp_path, LONG, wait=False)
     wait_for(lambda: list(tmp_path.glob("suite/*/runs/*/checkpoint.pt")))
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=1200) == 130
     (status,) = cells(tmp_path).values()
     assert status["state"] == "cut off" and status["code"] == 143
     assert 100 <= checkpoints(tmp_path)[0]["global_step"] < 3000
@@ -183,7 +183,7 @@ def test_ctrl_c_leaves_checkpoints(tmp_path):
 
 def test_two_calls_share_the_cells(tmp_path):
     first, second = (call(tmp_path, QUICK, seeds=(1, 2), wait=False) for _ in range(2))
-    assert first.wait(timeout=120) == 0 and second.wait(timeout=120) == 0
+    assert first.wait(timeout=1200) == 0 and second.wait(timeout=1200) == 0
     assert starts(tmp_path) == [1, 1]
 
 

@@ -80,13 +80,13 @@ def kill_and_resume(script, folder, moments):
         process.start()
         if not stage:
             since, seconds = moment
-            deadline = time.time() + 60
+            deadline = time.time() + 1200
             while since == "first step" and not steps.value:
                 assert process.is_alive() and time.time() < deadline
                 time.sleep(0.001)
             time.sleep(seconds)
             process.kill()
-        process.join(60)
+        process.join(1200)
         assert process.exitcode == -signal.SIGKILL, (moment, process.exitcode)
         done = before + steps.value
         for path in folder.glob("runs/*/checkpoint.pt"):
@@ -107,7 +107,7 @@ def kill_and_resume(script, folder, moments):
         target=run, args=(ROOT / f"{script.__name__}.py", command, folder, steps, None)
     )
     process.start()
-    process.join(60)
+    process.join(1200)
     assert process.exitcode == 0
     checkpoint = torch.load(best, weights_only=True)
     assert checkpoint["global_step"] == total and not list(best.parent.glob("*.tmp"))

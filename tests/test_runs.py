@@ -257,7 +257,7 @@ def test_resume_after_sigkill_goes_on(script, small, monkeypatch, tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)]
     )
-    deadline = time.time() + 120
+    deadline = time.time() + 1200
     while not list(tmp_path.glob("runs/*/checkpoint.pt")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
@@ -342,16 +342,16 @@ def test_temperature_is_annealed_geometrically(script, small, monkeypatch, tmp_p
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_write_a_checkpoint(script, small, signum, tmp_path):
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 1_000_000, *small]
+    flags += ["--checkpoint-frequency", 20]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)]
     )
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("runs/*/events*")):
+    deadline = time.time() + 1200
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
-    time.sleep(1.0)
     process.send_signal(signum)
-    assert process.wait(timeout=60) == 128 + signum
+    assert process.wait(timeout=1200) == 128 + signum
     assert load(run_dirs(tmp_path)[0])["global_step"] > 0
 
 
@@ -359,15 +359,15 @@ def test_signals_write_a_checkpoint(script, small, signum, tmp_path):
 def test_ctrl_c_reaches_a_run_with_environments_in_processes(script, small, tmp_path):
     """A terminal sends it to all processes of the group; those of the environments must leave it to the script."""
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 1_000_000, *small, "--async-envs"]
+    flags += ["--checkpoint-frequency", 20]
     command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("runs/*/events*")):
+    deadline = time.time() + 1200
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
-    time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=1200)[1]
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in error
     assert load(run_dirs(tmp_path)[0])["global_step"] > 0
 
@@ -394,10 +394,13 @@ def test_flags_beside_resume_are_checked_together_with_the_run_own(
     assert run_script(monkeypatch, script, "--alpha", 0, "--autotune", resume) == 2
 
 
-def test_dictionary_observations_are_flattened(script, small, monkeypatch, tmp_path):
-    flags = ["--env-id", "tests.scripted_env:Dict-v0", "--total-timesteps", 60]
+@pytest.mark.parametrize("space,size", [("Dict", 2), ("Discrete", 5)])
+def test_observations_of_other_spaces_are_flattened(
+    script, space, size, small, monkeypatch, tmp_path
+):
+    flags = ["--env-id", f"tests.scripted_env:{space}-v0", "--total-timesteps", 60]
     assert run_script(monkeypatch, script, *flags, *small) == 0
-    assert load(run_dirs(tmp_path)[0])["obs_rms"]["mean"].shape == (2,)
+    assert load(run_dirs(tmp_path)[0])["obs_rms"]["mean"].shape == (size,)
 
 
 @on_policy
