@@ -392,6 +392,8 @@ def test_flags_beside_resume_are_checked_together_with_the_run_own(
     assert run_script(monkeypatch, script, resume, "--alpha", 0, "--total-timesteps", 80) == 0
     assert load(run_dirs(tmp_path)[0])["args"]["alpha"] == 0
     assert run_script(monkeypatch, script, "--alpha", 0, "--autotune", resume) == 2
+    flags = ["--alpha", 0.5, "--autotune", "--total-timesteps", 90]
+    assert run_script(monkeypatch, script, resume, *flags) == 2  # zero it is, and would stay
 
 
 @pytest.mark.parametrize("space,size", [("Dict", 2), ("Discrete", 5)])
@@ -461,7 +463,7 @@ def test_on_policy_rollout_at_terminations_and_truncations(script, small, monkey
     ]
 
 
-@pytest.mark.parametrize("flags,support", [("", (-200, 200)), ("--v-min -5", (-5, 200))])
+@pytest.mark.parametrize("flags,support", [("", (-200, 200)), ("--v-min -5 --v-max 12.3", (-5, 12.3))])
 def test_support_follows_the_environment_of_the_command_line(flags, support, monkeypatch, tmp_path):
     """Not that of the default environment; a flag comes first, and a resumed run keeps its own."""
     monkeypatch.setitem(
