@@ -102,7 +102,6 @@ class Args:
     learn_delta: bool = True  # learn delta per step and dimension
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9); step only
-    max_grad_norm: float = 0.5  # of actor and latent critic; step only
 
 
 # ALGO LOGIC: networks and losses
@@ -319,10 +318,10 @@ def main(args: Args):
             descend(actor_optimizer, pi_loss)
         else:
             v_loss = latent_critic_loss(actor, vf, chain, next_q, alpha)
-            descend(v_optimizer, v_loss, args.max_grad_norm)
+            descend(v_optimizer, v_loss)
             pi_loss, kl = step_actor_loss(actor, average_actor, qf, vf, chain, alpha, args.kl_bound)
             log_prob = next_log_prob
-            descend(actor_optimizer, pi_loss, args.max_grad_norm)
+            descend(actor_optimizer, pi_loss)
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)

@@ -116,7 +116,6 @@ class Args:
     learn_delta: bool = True  # learn delta; --no-precondition holds it
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9)
-    max_grad_norm: float = 0.5  # of actor and latent critic
 
 
 # ALGO LOGIC: networks and losses
@@ -363,10 +362,10 @@ def main(args: Args):
             steps, log_prob = all_steps(actor, qf, batch.obs, alpha)
         else:
             v_loss = latent_critic_loss(actor, vf, chain, next_q, alpha)
-            descend(v_optimizer, v_loss, args.max_grad_norm)
+            descend(v_optimizer, v_loss)
             steps, log_prob = one_step(actor, qf, vf, chain, alpha), next_log_prob
         pi_loss, kl = actor_loss(actor, average_actor, steps, alpha, args)
-        descend(actor_optimizer, pi_loss, args.max_grad_norm)
+        descend(actor_optimizer, pi_loss)
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)

@@ -50,7 +50,7 @@ def train(script, alpha, updates, seed, actor_gradient="chain", **flags):
         script.descend(q_optimizer, script.critic_loss(qf, batch, torch.zeros(256), 0.99)[0])
         if step:
             v_loss = script.latent_critic_loss(actor, vf, chain, q, alpha)
-            script.descend(v_optimizer, v_loss, 0.5)
+            script.descend(v_optimizer, v_loss)
         if script is diffwpo_continuous:
             made = script.one_step(actor, qf, vf, chain, alpha) if step else None
             made = made or script.all_steps(actor, qf, obs, alpha)[0]
@@ -59,7 +59,7 @@ def train(script, alpha, updates, seed, actor_gradient="chain", **flags):
             loss, _ = script.step_actor_loss(actor, average, qf, vf, chain, alpha, 1.0)
         else:
             loss, _ = script.actor_loss(actor, qf, obs, alpha)
-        script.descend(actor_optimizer, loss, 0.5)
+        script.descend(actor_optimizer, loss)
         script.move_towards(average, actor, 0.005)
     return actor
 
