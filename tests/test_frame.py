@@ -234,6 +234,18 @@ def test_actions_lie_in_their_space_and_their_units_do_not_matter(monkeypatch, t
     assert actions.abs().max() <= 1 and actions.std() > 0.3
 
 
+@over(SCRIPTS)
+def test_units_of_the_actions_do_not_matter(script, monkeypatch, tmp_path):
+    """Bounds of 0.1: critics and policy are those of bounds of 1, but for rounding."""
+    for name in ("Tenth", "Unit"):
+        flags = ["--env-id", f"{name}-v0", *small_flags(script), "--total-timesteps", 80]
+        assert run_script(monkeypatch, script, *flags) == 0
+    first, second = (load(run_dir) for run_dir in run_dirs(tmp_path))
+    for part in {"actor", "qf", "critic"} & first.keys():
+        for ours, unit in zip(flatten(first[part]), flatten(second[part]), strict=True):
+            torch.testing.assert_close(ours, unit, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_spaces_that_cannot_be_trained_with_are_refused(name, monkeypatch, tmp_path, capsys):
     assert run_script(monkeypatch, diffsac, "--env-id", f"{name}-v0", *SMALL) == 2
