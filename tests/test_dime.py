@@ -331,3 +331,22 @@ def test_gradient_of_the_chain_against_finite_differences():
         assert gradient[index].item() == pytest.approx(
             (values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-7
         )
+
+
+def test_gradients_of_the_actor_are_clipped_entry_by_entry(monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dime.py"])
+    largest, step = [], torch.optim.Adam.step
+
+    def spy(optimizer, *rest, **more):
+        weights = optimizer.param_groups[0]["params"]
+        if len(weights) > 10 and weights[0].dim() == 0:  # the actor: the first is raw_eta
+            largest.append(max(w.grad.abs().max().item() for w in weights if w.grad is not None))
+        return step(optimizer, *rest, **more)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    flags = {"hidden_dim": 16, "batch_size": 16, "learning_starts": 40, "eval_episodes": 1}
+    flags |= {"critic_dim": 16, "diffusion_steps": 3, "alpha": 1e4}
+    dime.main(dime.Args(env_id="Pendulum-v1", total_timesteps=46, **flags))
+    assert len(largest) == 4 and max(largest) == 1
