@@ -1,14 +1,18 @@
-"""Runs a grid of commands: on the workers of this machine, or as a Slurm job array. ./benchmark.sh calls it.
+"""Runs a grid of commands: on the workers of this machine, or as a Slurm job array.
 
-    python tools/benchmark.py quick --seeds 1 2 3 --commands "sac_continuous.py --env-id Pendulum-v1" "dime.py"
+./benchmark.sh calls it:
+
+    python tools/benchmark.py quick --seeds 1 2 --commands "sac_continuous.py --env-id Pendulum-v1"
     python tools/benchmark.py quick ... --slurm --slurm-args "--time=02:00:00 --partition=cpu"
 
-The cells of the grid are all commands with all seeds; {a,b,c} in a command stands for one command with each. Every
-cell has the folder runs/benchmark/<suite>/<cell>: its log, its run folder, and status.json, together the ledger. A
-cell that is done is never run again, one that was cut off or failed goes on from its checkpoint, if it has one and was
-not refused (exit code 2), else it starts again. A lock on the folder, held by the training itself too, keeps two calls
-from running one cell. The exit code is 0 when all cells are done, 1 after failures (with the end of their logs), 130
-after Ctrl-C: the trainings then have written a checkpoint.
+The cells of the grid are all commands with all seeds; {a,b,c} in a command stands for one command
+with each. Every cell has the folder runs/benchmark/SUITE/CELL: its log, its run folder, and
+status.json, together the ledger. A cell that is done is never run again. One that was cut off or
+failed goes on from its checkpoint, if it has one and was not refused (exit code 2), else it starts
+again. A lock on the folder, held by the training itself too, keeps two calls from running one cell.
+
+Exit code 0: all cells are done. 1: some failed; the end of their logs is printed. 130 after Ctrl-C:
+the trainings then have written a checkpoint.
 """
 
 import fcntl
@@ -23,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,22 +52,14 @@ def cores():
 
 @dataclass
 class Args:
-    suite: tyro.conf.Positional[str]
-    "name of the grid and of its folder"
-    commands: tuple[str, ...]
-    "scripts with their flags, without the seed; {a,b} makes one command for each"
-    seeds: tuple[int, ...] = (1, 2, 3)
-    "every command runs with each of these seeds"
-    workers: int = field(default_factory=lambda: len(cores()))
-    "trainings at the same time, each pinned to a core"
-    folder: Path = ROOT / "runs" / "benchmark"
-    "where the folders of the suites are"
-    slurm: bool = False
-    "submit the cells that are not done as a job array instead of running them"
-    slurm_args: str = ""
-    "options for sbatch, such as --time and --partition"
-    only: int | None = None
-    "run only the cell of this number (a task of the job array does)"
+    suite: tyro.conf.Positional[str]  # name of the grid and of its folder
+    commands: tuple[str, ...]  # scripts with their flags, without the seed
+    seeds: tuple[int, ...] = (1, 2, 3)  # every command runs with each of these
+    workers: int = field(default_factory=lambda: len(cores()))  # trainings at a time, a core each
+    folder: Path = ROOT / "runs" / "benchmark"  # where the folders of the suites are
+    slurm: bool = False  # submit what is not done as a job array
+    slurm_args: str = ""  # options for sbatch, such as --time and --partition
+    only: int | None = None  # run only the cell of this number (a task of the array does)
 
 
 def expand(command):
@@ -76,164 +73,125 @@ class Cell:
     """One training: its command, its folder and what the folder says about it."""
 
     def __init__(self, command, folder):
-        self.command = command
         try:
-            words = shlex.split(command)
+            script, *self.flags = shlex.split(command)
         except ValueError as error:
             fail(f"cannot read the command {command}: {error}")
-        name = "_".join(word.removeprefix("--") for word in words).replace(".py", "")
-        name = re.sub(r"[^\w.-]+", "-", name)
-        if len(name.encode()) > 255:  # more than file systems allow; the digest is of the whole
-            name = f"{name[:120]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}_{name[-70:]}"
+        self.command, self.script = command, ROOT / script
+        name = "_".join(word.removeprefix("--") for word in (script, *self.flags))
+        name = re.sub(r"[^\w.-]+", "-", name.replace(".py", ""))
+        if len(name.encode()) > 255:  # more than file systems allow
+            digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+            name = f"{name[:120]}_{digest}_{name[-70:]}"
         self.folder = folder / name
-        self.script, self.flags = ROOT / words[0], words[1:]
 
     def status(self):
-        """The last recorded state: {} before the first start, else with the keys state, code, seconds."""
+        """The last recorded state: {} before the first start, else state, code and seconds."""
         try:
             return json.loads((self.folder / "status.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
-    def record(self, **status):
+    def done(self):
+        return self.status().get("state") == "done"
+
+    def record(self, state, code, seconds):
         """Replace status.json in one step."""
         temporary = self.folder / "status.tmp"
-        temporary.write_text(json.dumps({"command": self.command} | status, indent=1) + "\n")
+        status = {"command": self.command, "state": state, "code": code, "seconds": seconds}
+        temporary.write_text(json.dumps(status, indent=1) + "\n")
         os.replace(temporary, self.folder / "status.json")
 
-    def checkpoint(self):
-        """The newest checkpoint, or None."""
-        found = sorted(
-            self.folder.glob("runs/*/checkpoint.pt"), key=lambda path: path.stat().st_mtime
-        )
-        return found[-1] if found else None
-
-    def log_tail(self, lines=15):
-        """The end of the log."""
-        log = self.folder / "log.txt"
-        return (
-            "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
-        )
+    def lock(self, file, stop):
+        """Wait for the lock of the folder: another call, or a training that outlived its own."""
+        while not stop:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.5)
 
     def run(self, stop, core=None):
-        """Run or go on, unless done; `stop` is a list of signal numbers that is not empty when we are to end."""
+        """Run or go on, unless done; once `stop`, a list of signals, is not empty, end."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:  # another call, or a training that outlived its own
-                    if stop:
-                        return
-                    time.sleep(0.5)
-            status = self.status()
-            if stop or status.get("state") == "done":
+        with open(self.folder / "lock", "w") as lock, open(self.folder / "log.txt", "a") as log:
+            self.lock(lock, stop)
+            if stop or self.done():
                 return
-            checkpoint, flags = self.checkpoint(), self.flags
+            status, flags = self.status(), self.flags
+            by_age = {"key": lambda path: path.stat().st_mtime, "default": None}
+            checkpoint = max(self.folder.glob("runs/*/checkpoint.pt"), **by_age)
             if checkpoint and status.get("code") != 2:  # 2: refused, the checkpoint perhaps
                 flags = ["--resume", str(checkpoint)]
             else:
-                subprocess.run(["rm", "-rf", self.folder / "runs"], check=True)
+                shutil.rmtree(self.folder / "runs", ignore_errors=True)
             command = [sys.executable, str(self.script), *flags]
+            print(f"$ {shlex.join(command)}", file=log, flush=True)
             before, start = status.get("seconds", 0.0), time.time()
-            self.record(state="running", code=None, seconds=before)
-            with open(self.folder / "log.txt", "a") as log:
-                print(f"$ {shlex.join(command)}", file=log, flush=True)
-                process = subprocess.Popen(
-                    command,
-                    cwd=self.folder,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    pass_fds=(lock.fileno(),),  # the lock lasts as long as the training
-                    start_new_session=True,  # Ctrl-C reaches it through us, once
-                    preexec_fn=(lambda: os.sched_setaffinity(0, {core}))
-                    if core is not None
-                    else None,
-                )
-                told = False
-                while process.poll() is None:
-                    if stop and not told:
-                        process.terminate()  # it writes a checkpoint and leaves
-                        told = True
-                    time.sleep(0.1)
-            seconds = before + time.time() - start
-            if process.returncode == 0:
-                self.record(state="done", code=0, seconds=seconds)
-            elif stop:
-                self.record(state="cut off", code=process.returncode, seconds=seconds)
-            else:
-                self.record(state="failed", code=process.returncode, seconds=seconds)
+            self.record("running", None, before)
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                pass_fds=(lock.fileno(),),  # the lock lasts as long as the training
+                start_new_session=True,  # Ctrl-C reaches it through us, once
+                preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
+            )
+            while process.poll() is None and not stop:
+                time.sleep(0.1)
+            if stop:
+                process.terminate()  # it writes a checkpoint and leaves
+            code = process.wait()
+            state = "done" if code == 0 else "cut off" if stop else "failed"
+            self.record(state, code, before + time.time() - start)
 
 
 def run_all(cells, workers, stop):
-    """Run the cells on `workers` threads, each with a core of its own, under a bar with the time that is left."""
-    slots = cores()
-    free = list(range(workers))
-    waiting = [cell for cell in cells if cell.status().get("state") != "done"]
+    """Run the cells on `workers` threads, a core each, under a bar with the time that is left."""
+    free = [core for core, _ in zip(itertools.cycle(cores()), range(workers), strict=False)]
+    waiting = [cell for cell in cells if not cell.done()]
     bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run", smoothing=0)
 
     def work(cell):
-        slot = free.pop()
-        bar.set_postfix_str(cell.folder.name, refresh=True)
+        core = free.pop()
+        bar.set_postfix_str(cell.folder.name[:40], refresh=True)
         try:
-            cell.run(stop, slots[slot % len(slots)])
+            cell.run(stop, core)
         finally:
-            free.append(slot)
-        if cell.status().get("state") == "done":
-            bar.update()
+            free.append(core)
+        bar.update(cell.done())
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, cell) for cell in waiting]
-        for future in futures:
-            future.result()
+        list(pool.map(work, waiting))
     bar.close()
 
 
 def submit(cells, args):
-    """Submit the cells that are not done as one job array; every task runs one cell of this same grid."""
-    numbers = [str(i) for i, cell in enumerate(cells) if cell.status().get("state") != "done"]
+    """Submit the cells that are not done as one job array; a task runs one cell of this grid."""
+    numbers = [str(i) for i, cell in enumerate(cells) if not cell.done()]
     if not numbers:
-        print("all cells are done")
-        return
+        return print("all cells are done")
     folder = args.folder / args.suite
     folder.mkdir(parents=True, exist_ok=True)
-    again = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        args.suite,
-        "--folder",
-        str(args.folder.resolve()),
-    ]
-    again += ["--seeds", *map(str, args.seeds), "--workers", "1", "--commands", *args.commands]
+    again = [sys.executable, str(Path(__file__).resolve()), args.suite]
+    again += ["--folder", str(args.folder), "--seeds", *map(str, args.seeds)]
+    again += ["--workers", "1", "--commands", *args.commands]
     script = folder / "job.sh"
     script.write_text(f"#!/bin/bash\nexec {shlex.join(again)} --only $SLURM_ARRAY_TASK_ID\n")
-    # two minutes before the time limit the task gets SIGUSR1, writes a checkpoint and queues itself again
-    options = [
-        "--requeue",
-        "--open-mode=append",
-        "--signal=B:USR1@120",
-        "--ntasks=1",
-        "--cpus-per-task=1",
-    ]
-    options += [
-        f"--job-name={args.suite}",
-        f"--output={folder}/slurm-%A_%a.txt",
-        *shlex.split(args.slurm_args),
-    ]
+    # two minutes before the limit a task gets SIGUSR1, writes a checkpoint and queues itself again
+    options = ["--requeue", "--open-mode=append", "--signal=B:USR1@120", "--ntasks=1"]
+    options += ["--cpus-per-task=1", f"--job-name={args.suite}"]
+    options += [f"--output={folder}/slurm-%A_%a.txt", *shlex.split(args.slurm_args)]
     subprocess.run(["sbatch", f"--array={','.join(numbers)}", *options, str(script)], check=True)
 
 
 def main(args: Args):
     args.folder = args.folder.resolve()  # the trainings run in other folders
     commands = [command for line in args.commands for command in expand(line)]
-    cells = [
-        Cell(f"{command} --seed {seed}", args.folder / args.suite)
-        for command in commands
-        for seed in args.seeds
-    ]
+    grid = [f"{command} --seed {seed}" for command in commands for seed in args.seeds]
+    cells = [Cell(command, args.folder / args.suite) for command in grid]
     if len({cell.folder for cell in cells}) < len(cells):
         fail("a command stands twice in the grid")
     for cell in cells:
@@ -250,26 +208,19 @@ def main(args: Args):
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: stop.append(number))
-    if args.only is not None:
-        cells = [cells[args.only]]
+    cells = cells if args.only is None else [cells[args.only]]
     run_all(cells, args.workers, stop)
     if stop and stop[0] == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
         return subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-    states = {cell: cell.status().get("state", "not begun") for cell in cells}
-    for cell, state in states.items():
-        if state == "failed":
-            print(
-                f"\nfailed with exit code {cell.status()['code']}: {cell.command}\n{cell.log_tail()}",
-                file=sys.stderr,
-            )
-    counts = ", ".join(
-        f"{sum(s == state for s in states.values())} {state}"
-        for state in sorted(set(states.values()))
-    )
-    print(f"{args.suite}: {counts}; folders in {args.folder / args.suite}", file=sys.stderr)
-    if stop:
-        sys.exit(128 + stop[0])
-    sys.exit(int("failed" in states.values()))
+    counts = Counter(cell.status().get("state", "not begun") for cell in cells)
+    for cell in cells:
+        if cell.status().get("state") == "failed":
+            log = (cell.folder / "log.txt").read_text(errors="replace").splitlines()[-15:]
+            words = f"failed with exit code {cell.status()['code']}: {cell.command}"
+            print("\n" + "\n".join([words, *log]), file=sys.stderr)
+    words = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    print(f"{args.suite}: {words}; folders in {args.folder / args.suite}", file=sys.stderr)
+    sys.exit(128 + stop[0] if stop else int(counts["failed"] > 0))
 
 
 if __name__ == "__main__":
