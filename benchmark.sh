@@ -12,6 +12,7 @@
 #   python tools/plot.py table runs/benchmark/SUITE/*/runs/*
 #   python tools/plot.py figure runs/benchmark/SUITE/*/runs/* --to figures
 set -e
+cd "$(dirname "$0")"
 suite=$1
 [ $# -gt 0 ] && shift
 run() { python tools/benchmark.py "$suite" "$@"; }

@@ -542,6 +542,8 @@ class Run:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=None, mininterval=1)
         self.say(f"run folder {self.folder}, step {self.step} of {args.total_timesteps}")
+        if args.total_timesteps <= getattr(args, "learning_starts", -1):
+            self.say(f"all steps will be random: --learning-starts is {args.learning_starts}")
 
     def open_folder(self):
         """Make the folder of this run, or take that of the one to resume, and lock it."""

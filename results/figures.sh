@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 plot() { python tools/plot.py "$@"; }
 curves=results/curves
 
-plot table $curves/Pendulum-v1/*.csv $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/table.md
+plot table $curves/Pendulum-v1/*.csv $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/table.tmp
+mv results/table.tmp results/table.md
 for task in Pendulum-v1 HalfCheetah-v4; do
     plot figure $curves/$task/*sac*.csv $curves/$task/*wpo*.csv $curves/$task/dime*.csv --to docs/images/off_policy
     plot figure $curves/$task/*ppo*.csv --to docs/images/on_policy

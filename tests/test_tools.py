@@ -159,6 +159,17 @@ def test_figures_of_both_kinds(tmp_path, monkeypatch):
     assert len(drawn) == 3
 
 
+def test_runs_of_one_seed_are_told_apart_by_an_argument(tmp_path, capsys):
+    """And one without an evaluation is left out, the others are shown."""
+    files = [a_run(tmp_path, "diffsac", 1, [1.0, 2.0 * k], diffusion_steps=k) for k in (1, 4)]
+    files.append(a_run(tmp_path, "sac", 1, []))
+    plot.table(files, distinguish=("diffusion_steps",))
+    out, error = capsys.readouterr()
+    for k in (1, 4):
+        assert f"| diffsac diffusion_steps={k} | 1 | 1,200 | {2.0 * k} |" in out
+    assert f"has no {RETURN}: left out" in error and "| sac" not in out
+
+
 def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path, capsys):
     other = [a_run(tmp_path, "diffsac", 1, [1.0, 2.0], diffusion_steps=k) for k in (1, 4)]
     apart = [a_run(tmp_path, "sac", seed, [1.0, 2.0], first=600 + seed) for seed in (1, 2)]
@@ -166,7 +177,11 @@ def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path, capsys):
         assert "another run of diffsac with seed 1" in refused(capsys, draw, other)
         assert f"no steps of {RETURN} in common" in refused(capsys, draw, apart)
         assert "none of these is a run" in refused(capsys, draw, [tmp_path / "nothing"])
-    assert "no steps of losses/alpha" in refused(capsys, plot.table, other[:1], "losses/alpha")
+    assert "none of the runs has losses/alpha" in refused(
+        capsys, plot.table, other[:1], "losses/alpha"
+    )
+    draw = lambda: plot.figure(other[:1], to=tmp_path, against="nothing")
+    assert "no numeric argument nothing" in refused(capsys, draw)
     assert not list(tmp_path.glob("*.png"))
 
 

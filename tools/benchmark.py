@@ -197,6 +197,8 @@ def main(args: Args):
     for cell in cells:
         if not cell.script.exists():
             fail(f"{cell.script} does not exist")
+    if not cells:
+        fail("--seeds and --commands must not be empty")
     if args.workers < 1:
         fail("--workers must be at least 1")
     if args.only is not None and not 0 <= args.only < len(cells):

@@ -79,7 +79,7 @@ def make_env(args, checkpoint, module):
     if args.episodes < 1 or args.seed < 0:
         fail("--episodes must be at least 1, and --seed not negative")
     if args.video and not importlib.util.find_spec("moviepy"):
-        fail("--video needs the package moviepy")
+        fail("--video needs the package moviepy: pip install moviepy")
     if args.render and sys.platform == "linux":
         if not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
             fail("--render needs a display; --video films without one")
@@ -87,12 +87,13 @@ def make_env(args, checkpoint, module):
     module.make_envs(env_id, 1).close()  # refuses what the script refuses
     try:
         env = gym.make(env_id, **({"render_mode": mode} if mode else {}))
+        if mode:
+            env.reset(seed=args.seed)
+            env.render()  # fails here, before a film is begun
         if args.video:
             name, every = re.sub(r"[^\w.-]", "-", env_id), lambda episode: True
             env = gym.wrappers.RecordVideo(env, str(args.video), every, name_prefix=name)
         env = module.Interface(env)
-        if mode:
-            env.reset(seed=args.seed)  # the first picture
     except Exception as error:  # of pictures above all: packages and drivers of all kinds
         fail(f"cannot open {env_id}: {error}")
     sizes = env.observation_space.shape[0], env.action_space.shape[0]

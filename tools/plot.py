@@ -27,13 +27,18 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import tyro
-from matplotlib.ticker import EngFormatter
-from scipy.stats import bootstrap, trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+try:
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    from matplotlib.ticker import EngFormatter
+    from scipy.stats import bootstrap, trim_mean
+except ImportError as error:
+    print(f"error: {error}; pip install -r requirements-dev.txt", file=sys.stderr)
+    sys.exit(2)
 
 METRICS = r"(eval/.*|charts/.*|losses/(alpha|entropy|qf_values|approx_kl)|diffusion/.*)"
 RETURN = "eval/episodic_return"
@@ -151,11 +156,14 @@ def curves_of(runs, metric, key=()):
     for path, run in read(runs):
         curve = run.curves[run.curves.metric == metric].drop_duplicates("step", keep="last")
         name = run.facts["exp_name"].removesuffix("_continuous")
+        if curve.empty:
+            print(f"warning: {path} has no {metric}: left out", file=sys.stderr)
+            continue
         columns = found[run.facts["env_id"]][name, *(run.facts.get(k) for k in key)]
         if run.facts["seed"] in columns:
-            fail(f"{path} is another run of {name} with seed {run.facts['seed']}")
-        if len(curve):
-            columns[run.facts["seed"]] = curve.set_index("step").value
+            hint = "tell them apart by --distinguish ARGUMENT, or --exp-name when they run"
+            fail(f"{path} is another run of {name} with seed {run.facts['seed']}: {hint}")
+        columns[run.facts["seed"]] = curve.set_index("step").value
     tables = {
         env_id: {name: pd.DataFrame(columns).dropna() for name, columns in groups.items()}
         for env_id, groups in found.items()
@@ -164,7 +172,12 @@ def curves_of(runs, metric, key=()):
         for name, table in groups.items():
             if table.empty:
                 fail(f"the runs of {name[0]} on {env_id} have no steps of {metric} in common")
-    return tables
+    return tables or fail(f"none of the runs has {metric}")
+
+
+def label(name, *values, key=()):
+    """Name of a curve, with the values of the arguments that distinguish it."""
+    return " ".join([name, *(f"{k}={value}" for k, value in zip(key, values, strict=True))])
 
 
 def summary(values, stat):
@@ -186,14 +199,21 @@ def figure(
     metric: str = RETURN,
     stat: Literal["mean", "iqm"] = "mean",
     against: str | None = None,
+    distinguish: tuple[str, ...] = (),
 ) -> None:
     """Draw TO/{environment}.png: curves over the seeds, each seed as a thin line too.
 
     The band is one standard deviation, with `--stat iqm` a bootstrap interval of 95 %. `--against`
     an argument of the runs: the last value of each run over it, on a scale of powers of two.
+    Runs that differ in the arguments named by `distinguish` are curves of their own.
     """
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    for env_id, groups in curves_of(runs, metric, (against,) if against else ()).items():
+    key = (against,) if against else distinguish
+    for env_id, groups in curves_of(runs, metric, key).items():
+        if not against:
+            groups = {(label(*name, key=key),): table for name, table in groups.items()}
+        elif not all(re.fullmatch(r"[\d.e+-]+", str(value)) for _, value in groups):
+            fail(f"the runs have no numeric argument {against}")
         drawing, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
         rest = iter(3 * ["#999999", "#882255", "#44AA99", "#DDCC77"])
         for name in sorted({name for name, *_ in groups}):
@@ -226,15 +246,21 @@ def figure(
         print(path)
 
 
-def table(runs: Paths, metric: str = RETURN) -> None:
-    """Print the last and the best evaluation, mean and standard deviation over the seeds."""
-    tables = curves_of(runs, metric)
+def table(runs: Paths, metric: str = RETURN, distinguish: tuple[str, ...] = ()) -> None:
+    """Print the last and the best evaluation, mean and (population) std over the seeds."""
+    tables = curves_of(runs, metric, distinguish)
     print("| environment | algorithm | seeds | steps | final | best |\n|---|---|---|---|---|---|")
     for env_id, groups in sorted(tables.items()):
-        for (name,), values in sorted(groups.items()):
-            cells = [env_id, name, ", ".join(sorted(values.columns)), f"{values.index[-1]:,}"]
+        for name, values in sorted(groups.items()):
+            cells = [
+                env_id,
+                label(*name, key=distinguish),
+                ", ".join(sorted(values.columns)),
+                f"{values.index[-1]:,}",
+            ]
             for x in (values.iloc[-1], values.max()):
-                cells.append(f"{x.mean():.1f} ± {x.std(ddof=0):.1f}")
+                spread = f" ± {x.std(ddof=0):.1f}" if len(x) > 1 else ""
+                cells.append(f"{x.mean():.1f}{spread}")
             print(f"| {' | '.join(cells)} |")
 
 

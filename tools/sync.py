@@ -4,6 +4,7 @@ python tools/sync.py            write what differs
 python tools/sync.py --check    exit code 1 and a list if anything differs
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -34,7 +35,9 @@ def synced(text, source, name):
 
 
 def main():
-    stale = []
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit code 1 if stale")
+    check, stale = parser.parse_args().check, []
     for name, (first, *others) in SECTIONS.items():
         source = (ROOT / first).read_text()
         for file in others:
@@ -42,10 +45,11 @@ def main():
             new = synced(old, source, name)
             if old != new:
                 stale.append(file)
-                print(f"{file}: {name} differs from {first}")
-                if "--check" not in sys.argv:
+                what = "differs from" if check else "replaced by"
+                print(f"{file}: {name} {what} that of {first}")
+                if not check:
                     (ROOT / file).write_text(new)
-    sys.exit(bool(stale and "--check" in sys.argv))
+    sys.exit(bool(stale and check))
 
 
 if __name__ == "__main__":

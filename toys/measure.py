@@ -22,10 +22,15 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import gymnasium as gym
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+
+try:
+    import matplotlib.pyplot as plt
+except ImportError as error:
+    print(f"error: {error}; pip install -r requirements-dev.txt", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
