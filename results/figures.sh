@@ -7,8 +7,6 @@ curves=results/curves
 
 plot table $curves/Pendulum-v1/*.csv $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/table.tmp
 mv results/table.tmp results/table.md
-for task in Pendulum-v1 HalfCheetah-v4; do
-    plot figure $curves/$task/*sac*.csv $curves/$task/*wpo*.csv $curves/$task/dime*.csv --to docs/images/off_policy
-    plot figure $curves/$task/*ppo*.csv --to docs/images/on_policy
-done
+plot figure $curves/HalfCheetah-v4/*sac*.csv --to docs/images/off_policy
+plot figure $curves/HalfCheetah-v4/*ppo*.csv --to docs/images/on_policy
 plot figure $curves/Humanoid-v4/*.csv --to docs/images/all
