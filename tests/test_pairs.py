@@ -22,13 +22,13 @@ SHARED = {  # definitions, and methods, of the same text in both files
     latent_critic_loss latent_value temperature_loss""",
 }
 LINES = {  # above the frame, and whole
-    "sac_continuous.py": (250, 760),
-    "diffsac_continuous.py": (385, 895),
-    "wpo_continuous.py": (310, 800),
-    "diffwpo_continuous.py": (430, 940),
-    "ppo_continuous.py": (280, 785),
-    "diffppo_continuous.py": (370, 870),
-    "dime.py": (405, 920),
+    "sac_continuous.py": (250, 770),
+    "diffsac_continuous.py": (385, 905),
+    "wpo_continuous.py": (310, 815),
+    "diffwpo_continuous.py": (430, 950),
+    "ppo_continuous.py": (280, 795),
+    "diffppo_continuous.py": (370, 880),
+    "dime.py": (405, 930),
 }
 MOST_OF_MAIN = 100
 
