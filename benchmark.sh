@@ -2,7 +2,7 @@
 # ./benchmark.sh SUITE [options of tools/benchmark.py], from the folder of the repository:
 #
 #   ./benchmark.sh quick                                       all scripts on Pendulum-v1, three seeds
-#   ./benchmark.sh mujoco --workers 8                          each diffusion script against its twin, and DIME
+#   ./benchmark.sh mujoco --workers 8                          each diffusion script against its twin
 #   ./benchmark.sh mujoco --slurm --slurm-args "--time=24:00:00 --partition=gpu --gres=gpu:1"
 #   ./benchmark.sh diffusion-steps                             K = 1 ... 16 on Humanoid-v4
 #   ./benchmark.sh toy                                         the environments with a known optimum
@@ -27,6 +27,7 @@ quick)
         "diffsac_continuous.py $off --diffusion-steps 4" \
         "wpo_continuous.py $off" \
         "diffwpo_continuous.py $off --diffusion-steps 4" \
+        "crossq_continuous.py $off --critic-dim 128" \
         "dime.py $off --diffusion-steps 4 --critic-dim 128" \
         "ppo_continuous.py $on" \
         "diffppo_continuous.py $on --diffusion-steps 4"
@@ -36,7 +37,7 @@ mujoco)
     run --seeds 1 2 3 4 "$@" --commands \
         "{sac_continuous.py,wpo_continuous.py,ppo_continuous.py} $tasks" \
         "{diffsac_continuous.py,diffwpo_continuous.py,diffppo_continuous.py} $tasks --diffusion-steps 8" \
-        "dime.py $tasks"
+        "{crossq_continuous.py,dime.py} $tasks"
     ;;
 diffusion-steps)
     task="--env-id Humanoid-v4 --total-timesteps 1000000 --diffusion-steps {1,2,4,8,16}"
@@ -52,16 +53,17 @@ toy)
     anneal="--alpha-anneal 10"
     gmm_off="$gmm $off --hidden-dim 128 $anneal"
     larger="--total-timesteps 25000 --batch-size 512"
-    ratio="--utd 1 --policy-delay 1"
+    ratio="--no-normalize-rewards --utd 1 --policy-delay 1"
+    chain="--diffusion-steps 8 --prior-std 1"
     on="--total-timesteps 400000 --eval-frequency 0"
     run --seeds 1 2 3 "$@" --commands \
         "{sac_continuous.py,wpo_continuous.py} $well_off" \
         "{diffsac_continuous.py,diffwpo_continuous.py} $well_off --diffusion-steps 8" \
-        "dime.py $well_off $ratio --diffusion-steps 8 --prior-std 1 --critic-dim 64 --v-min -2 --v-max 12" \
+        "{crossq_continuous.py,dime.py $chain} $well_off $ratio --critic-dim 64 --v-min -2 --v-max 12" \
         "{ppo_continuous.py,diffppo_continuous.py} $well $on" \
         "{sac_continuous.py,wpo_continuous.py} $gmm_off $larger" \
         "{diffsac_continuous.py,diffwpo_continuous.py} $gmm_off $larger --diffusion-steps 8" \
-        "dime.py $gmm_off --total-timesteps 30000 $ratio --diffusion-steps 8 --prior-std 1 --critic-dim 128 --v-min -200 --v-max 40" \
+        "{crossq_continuous.py,dime.py $chain} $gmm_off --total-timesteps 30000 $ratio --critic-dim 128 --v-min -200 --v-max 40" \
         "{ppo_continuous.py,diffppo_continuous.py} $gmm $on $anneal"
     ;;
 *)

@@ -389,7 +389,7 @@ LIMITS = {  # smallest and largest value of a flag, in all scripts
     "prior_std initial_std": (1e-6, 1e6),
     "seed": (0, 2**32 - 1),
     "gamma gae_lambda": (0, 1),
-    "num_atoms": (2, 1e6),
+    "num_atoms": (1, 1e6),
     "tau": (1e-6, 1),
 }
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -843,26 +843,35 @@ class Rollout(NamedTuple):
     dones: torch.Tensor  # (num_steps, num_envs), 1 where an episode ended, for either reason
 
 
-class ReturnScaler(nn.Module):
-    """Running standard deviation of the discounted sums of past rewards."""
+# --------------------------------------------------------------------------------------------------
+# Returns: the same text in four scripts (tools/sync.py).
 
-    def __init__(self, num_envs, gamma):
+
+class ReturnScaler(nn.Module):
+    """Running scale of the discounted sums of past rewards.
+
+    Their standard deviation, or what keeps the largest of them within +-bound (FlashSAC).
+    """
+
+    def __init__(self, num_envs, gamma, bound=math.inf):
         super().__init__()
-        self.gamma, self.rms = gamma, RunningMeanStd(1)
+        self.gamma, self.bound, self.rms = gamma, bound, RunningMeanStd(1)
+        self.register_buffer("largest", torch.zeros(1))
         self.register_buffer("sums", torch.zeros(num_envs), persistent=False)
 
     def update(self, rewards, dones):
-        """Update with a rollout's (num_steps, num_envs); the end of an episode starts a new sum."""
+        """Update with rows (num_steps, num_envs); the end of an episode starts a new sum."""
         seen = []
         for reward, done in zip(rewards, dones, strict=True):
             self.sums = self.gamma * self.sums + reward
             seen.append(self.sums)
             self.sums = self.sums * (1 - done)
         self.rms.update(torch.cat(seen)[:, None])
+        self.largest.copy_(torch.maximum(self.largest, torch.cat(seen).abs().amax()))
 
     def scale(self):
         """The factor for rewards, and for all that is in their units."""
-        return (self.rms.var + 1e-8).rsqrt()
+        return torch.minimum((self.rms.var + 1e-8).rsqrt(), self.bound / self.largest)
 
 
 if __name__ == "__main__":

@@ -403,7 +403,7 @@ LIMITS = {  # smallest and largest value of a flag, in all scripts
     "prior_std initial_std": (1e-6, 1e6),
     "seed": (0, 2**32 - 1),
     "gamma gae_lambda": (0, 1),
-    "num_atoms": (2, 1e6),
+    "num_atoms": (1, 1e6),
     "tau": (1e-6, 1),
 }
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

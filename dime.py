@@ -1,24 +1,23 @@
 """DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316).
 
-Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. The policy is a chain of K steps with a
+CrossQ with a diffusion policy; only the actor changes. The policy is a chain of K steps with a
 network f from a^K ~ N(0, nu^2 I) to a = tanh(a^0); eta_k = eta b_k / kappa, b_k a cosine, the
 others learned:
 
-    denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )  (1)
-    noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (2)
-    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|            (3)
+    denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )   (5)
+    noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                    (6)
+    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|             (7)
 
-L replaces SAC's log pi(a|s), whose value is unknown: in the mean it is an upper bound of it. The
-critics are categorical, Z over atoms z_i (C51), without moving averages, with batch renormalisation
-(CrossQ). For (s, a, r, s') from the replay buffer and fresh a_new at s, a' at s' with L':
+L takes the place of log pi(a|s), whose value is unknown: in the mean it is an upper bound of it.
+With L' that of a' at s', gradients of (3) through the whole chain:
 
-    critic       cross-entropy of both Z(s, a) to the mixture of both Z(s', a') at the values
-                 r + gamma (1 - terminated) (z_i - alpha L'), minus 0.005 times the entropy     (4)
-    actor        E[ alpha L - mean_j E[ Z_j(s, a_new) ] ], through the whole chain              (5)
-    temperature  -E[ alpha (L + target entropy) ]                                               (6)
+    target       the mixture of both Z_j(s', a'), with its values moved, projected on the atoms, to
+                 r + gamma (1 - terminated) (z_i - alpha L')                                     (1)
+    critic       E[ sum_j cross-entropy of Z_j(s, a) to (1), minus 0.005 times its entropy ]     (2)
+    actor        E[ alpha L - mean_j E[ Z_j(s, a_new) ] ]                                        (3)
+    temperature  -E[ alpha (L + target entropy) ]                                                (4)
 
     python dime.py --env-id Humanoid-v4
-    python dime.py --critic-dim 256 --hidden-dim 128 --diffusion-steps 8    # sizes for a CPU
     python dime.py --resume runs/RUN/checkpoint.pt
 """
 
@@ -77,24 +76,25 @@ class Args:
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 2.0  # gradient steps per environment step
     policy_delay: int = 3  # critics' gradient steps for one of the actor
-    critic_dim: int = 2048  # width of the critics' two hidden layers
-    num_atoms: int = 101  # atoms of the critics' distributions
-    v_min: float | None = None  # first atom; -1600, in dm_control -200
-    v_max: float | None = None  # last atom; 1600, in dm_control 200
-    critic_entropy: float = 0.005  # weight of the distributions' entropy (4)
+    critic_dim: int = 256  # width of the critics' two hidden layers
+    hidden_dim: int = 256  # width of the actor's hidden layers
+    num_atoms: int = 101  # atoms of the critics' distributions; 1: scalar
+    v_min: float = -5.0  # first atom
+    v_max: float = 5.0  # last atom
+    critic_entropy: float = 0.005  # weight of the distributions' entropy (2)
     policy_lr: float = 3e-4  # learning rate of the actor
     q_lr: float = 3e-4  # learning rate of the critics
-    alpha: float = 1.0  # first temperature; fixed: --no-autotune
+    alpha: float = 0.01  # first temperature; fixed: --no-autotune
     autotune: bool = True  # tune alpha towards the target entropy
     alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
     alpha_lr: float = 1e-3  # learning rate of the temperature
     target_entropy: float | None = None  # nats, actions in [-1, 1]; see docs
     normalize_obs: bool = False  # observations by running mean and std
+    normalize_rewards: bool = True  # by the scale of past returns
 
     # diffusion policy
     diffusion_steps: int = 16  # denoising steps K
     prior_std: float = 2.5  # standard deviation nu of the prior
-    hidden_dim: int = 256  # width of the actor's three hidden layers
 
 
 # ALGO LOGIC: networks and losses
@@ -159,9 +159,14 @@ class SoftQNetwork(nn.Module):
             x = torch.baddbmm(bias, norm(x, train), weight)
         return x
 
+    def expected(self, logits):
+        """Expected values (2, batch) of logits; a scalar critic's only output is its value."""
+        return logits.squeeze(-1) if len(self.atoms) == 1 else logits.softmax(-1) @ self.atoms
+
     def value(self, obs, actions):
-        """Expected values (2, batch)."""
-        return self(obs, actions).softmax(-1) @ self.atoms
+        """Q-values (batch,): the twins' mean; of scalar critics the smaller, as in SAC."""
+        q = self.expected(self(obs, actions))
+        return q.amin(0) if len(self.atoms) == 1 else q.mean(0)  # DIFF: (3)
 
 
 def squash(latent):
@@ -181,7 +186,7 @@ def dense(inputs, outputs, fan_in=None, bias=True):
 
 
 class Actor(nn.Module):
-    """Diffusion policy (1), squashed by tanh to [-1, 1]."""
+    """Diffusion policy (5), squashed by tanh to [-1, 1]."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
@@ -209,7 +214,7 @@ class Actor(nn.Module):
         self.gelu = nn.GELU(approximate="tanh")
 
     def kernels(self):
-        """eta_k, decay and std of (1) and (2), all (K, action_dim); k in row k - 1.
+        """eta_k, decay and std of (5) and (6), all (K, action_dim); k in row k - 1.
 
         A step's share of the variance, delta_k in the other scripts, is 2 eta_k / nu^2.
         """
@@ -233,11 +238,11 @@ class Actor(nn.Module):
             x = self.gelu(obs_features + step_features[k - 1] + self.fc_latent(latents[0]))
             control = self.fc_control(self.gelu(self.fc3(self.gelu(self.fc2(x)))))
             mean = decay[k - 1] * latents[0] + eta[k - 1] * control
-            latents.insert(0, mean + std[k - 1] * noises[k - 1])  # DIFF: (1)
+            latents.insert(0, mean + std[k - 1] * noises[k - 1])  # DIFF: (5)
         return torch.stack(latents), noises
 
     def sample(self, obs):
-        """Reparameterised action (batch, action_dim), and (3) in place of a log-probability."""
+        """Reparameterised action (batch, action_dim), and (7) in place of a log-probability."""
         (latents, noises), (_, decay, std) = self.chain(obs), self.kernels()
         # both kernels of a step have the same std: their normalisers cancel
         residual = (latents[1:] - decay[:, None] * latents[:-1]) / std[:, None]
@@ -245,7 +250,7 @@ class Actor(nn.Module):
         prior = -0.5 * (latents[-1] / self.prior_std).square() - 0.5 * math.log(2 * math.pi)
         log_prior = (prior - math.log(self.prior_std)).sum(-1)
         action, log_det = squash(latents[0])
-        return action, log_prior + log_ratio - log_det  # DIFF: (3)
+        return action, log_prior + log_ratio - log_det  # DIFF: (7)
 
     def mean_action(self, obs):
         """Action (batch, action_dim) without noise."""
@@ -262,55 +267,55 @@ def project(probs, values, atoms):
 
 
 def critic_loss(qf, batch, next_actions, next_cost, args):
-    """Equation (4), summed over the twins; Q-values (2, batch); share of the target outside.
+    """Loss (2), summed over the twins; Q-values (2, batch); share (batch,) of (1) outside.
 
-    next_cost (batch,) is alpha L'.
+    next_cost (batch,) is alpha times the log-probability of next_actions.
     """
     # one pass for (s, a) and (s', a'): both halves share the batch's statistics
     obs, actions = torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions))
     logits, next_logits = qf(obs, actions, train=True).chunk(2, dim=1)
+    q, discounts = qf.expected(logits), args.gamma * (1 - batch.terminations)
+    if args.num_atoms == 1:  # CrossQ's own critics: SAC's target and loss
+        next_q = qf.expected(next_logits).detach().amin(0)
+        target = batch.rewards + discounts * (next_q - next_cost)
+        return (q - target).square().mean(1).sum(), q, torch.zeros_like(target)
+
     with torch.no_grad():
         next_probs = next_logits.softmax(-1).mean(0)
-        discounts = args.gamma * (1 - batch.terminations[:, None])
-        values = batch.rewards[:, None] + discounts * (qf.atoms - next_cost[:, None])
+        values = batch.rewards[:, None] + discounts[:, None] * (qf.atoms - next_cost[:, None])
         target_probs = project(next_probs, values, qf.atoms)
         outside = (values < qf.atoms[0]) | (values > qf.atoms[-1])
         clipped = (next_probs * outside).sum(-1)
     log_probs = logits.log_softmax(-1)
-    probs = log_probs.exp()
-    loss = -((target_probs - args.critic_entropy * probs) * log_probs).sum(-1)  # DIFF: (4)
-    return loss.mean(1).sum(), probs @ qf.atoms, clipped
+    weights = target_probs - args.critic_entropy * log_probs.exp()
+    return -(weights * log_probs).sum(-1).mean(1).sum(), q, clipped  # DIFF: (2)
 
 
 def actor_loss(actor, qf, obs, alpha):
-    """Equation (5), and L (batch,)."""
+    """Equation (3), and log_prob (batch,)."""
     actions, log_prob = actor.sample(obs)
-    q = qf.value(obs, actions).mean(0)  # DIFF: (5)
-    return (alpha * log_prob - q).mean(), log_prob
+    return (alpha * log_prob - qf.value(obs, actions)).mean(), log_prob
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Equation (6): its gradient raises alpha while the entropy is below the target."""
+    """Equation (4): its gradient raises alpha while the entropy is below the target."""
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
 def main(args: Args):
-    bound = 200.0 if args.env_id.startswith("dm_control/") else 1600.0
-    args.v_min = -bound if args.v_min is None else args.v_min
-    args.v_max = bound if args.v_max is None else args.v_max
     device = set_up(args)
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     prior_entropy = 0.5 * action_dim * math.log(2 * math.pi * math.e * args.prior_std**2)
-    target_entropy = args.target_entropy
-    if target_entropy is None:  # all of L but the prior is to be 4 for each dimension
-        target_entropy = prior_entropy - 4 * action_dim
+    default = prior_entropy - 4 * action_dim  # all of L but the prior is 4 for each dimension
+    target_entropy = default if args.target_entropy is None else args.target_entropy
 
     actor = Actor(obs_dim, action_dim, args).to(device)
     qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
     log_alpha = torch.tensor(args.alpha).log().clamp(min=-1e9)
     temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
+    return_scaler = ReturnScaler(args.num_envs, args.gamma, bound=args.v_max).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr, betas=(0.5, 0.999))
     q_optimizer = adam(qf.parameters(), lr=args.q_lr, betas=(0.5, 0.999))
@@ -318,15 +323,17 @@ def main(args: Args):
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     parts = dict(actor=actor, qf=qf, temperature=temperature, obs_rms=obs_rms)
     parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
-    parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
+    parts |= dict(alpha_optimizer=alpha_optimizer, return_scaler=return_scaler, buffer=buffer)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
-    support = qf.atoms[0].item(), qf.atoms[-1].item()
-    if not np.allclose(support, (args.v_min, args.v_max), rtol=1e-5):
+    if not qf.atoms.cpu().allclose(torch.linspace(args.v_min, args.v_max, args.num_atoms)):
+        support = qf.atoms[0].item(), qf.atoms[-1].item()
         fail(f"the checkpoint's critics have the support {support}: it cannot be changed")
 
     def update(batch):
         """One gradient step of the critics; returns metrics."""
         batch = batch._replace(obs=obs_rms(batch.obs), next_obs=obs_rms(batch.next_obs))
+        if args.normalize_rewards:
+            batch = batch._replace(rewards=batch.rewards * return_scaler.scale())
         alpha = temperature.log_alpha.detach().exp()
         with torch.no_grad():
             next_actions, next_log_prob = actor.sample(batch.next_obs)
@@ -374,6 +381,8 @@ def main(args: Args):
         run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
         buffer.add(obs, last_obs, actions, rewards, terminations)
         obs_rms.update(to_tensor(obs, device))
+        dones = to_tensor(terminations | truncations, device)
+        return_scaler.update(to_tensor(rewards, device)[None], dones[None])
         obs = next_obs
 
         # ALGO LOGIC: learn
@@ -425,7 +434,7 @@ LIMITS = {  # smallest and largest value of a flag, in all scripts
     "prior_std initial_std": (1e-6, 1e6),
     "seed": (0, 2**32 - 1),
     "gamma gae_lambda": (0, 1),
-    "num_atoms": (2, 1e6),
+    "num_atoms": (1, 1e6),
     "tau": (1e-6, 1),
 }
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -911,6 +920,37 @@ class ReplayBuffer:
         self.position = self.size % self.capacity
         for data, filled in zip(self.data, state["data"], strict=True):
             data[: self.size] = filled.roll(-state["position"], 0)[state["size"] - self.size :]
+
+
+# --------------------------------------------------------------------------------------------------
+# Returns: the same text in four scripts (tools/sync.py).
+
+
+class ReturnScaler(nn.Module):
+    """Running scale of the discounted sums of past rewards.
+
+    Their standard deviation, or what keeps the largest of them within +-bound (FlashSAC).
+    """
+
+    def __init__(self, num_envs, gamma, bound=math.inf):
+        super().__init__()
+        self.gamma, self.bound, self.rms = gamma, bound, RunningMeanStd(1)
+        self.register_buffer("largest", torch.zeros(1))
+        self.register_buffer("sums", torch.zeros(num_envs), persistent=False)
+
+    def update(self, rewards, dones):
+        """Update with rows (num_steps, num_envs); the end of an episode starts a new sum."""
+        seen = []
+        for reward, done in zip(rewards, dones, strict=True):
+            self.sums = self.gamma * self.sums + reward
+            seen.append(self.sums)
+            self.sums = self.sums * (1 - done)
+        self.rms.update(torch.cat(seen)[:, None])
+        self.largest.copy_(torch.maximum(self.largest, torch.cat(seen).abs().amax()))
+
+    def scale(self):
+        """The factor for rewards, and for all that is in their units."""
+        return torch.minimum((self.rms.var + 1e-8).rsqrt(), self.bound / self.largest)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import crossq_continuous
 import diffppo_continuous
 import diffsac_continuous
 import diffwpo_continuous
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WASSERSTEIN = [wpo_continuous, diffwpo_continuous]
 STEPWISE = [diffsac_continuous, diffwpo_continuous]  # with a critic of the latents
 TWINS = [sac_continuous, diffsac_continuous, *WASSERSTEIN]  # with SAC's critics
-OFF_POLICY = [*TWINS, dime]
+CATEGORICAL = [crossq_continuous, dime]
+OFF_POLICY = [*TWINS, *CATEGORICAL]
 ON_POLICY = [ppo_continuous, diffppo_continuous]
 SCRIPTS = OFF_POLICY + ON_POLICY
 
@@ -34,16 +36,16 @@ def small_flags(script):
         words += " --num-envs 2 --num-steps 10 --num-minibatches 2 --update-epochs 2"
     else:
         words += " --batch-size 16 --learning-starts 40"
+    if script in CATEGORICAL:
+        words += " --critic-dim 16"
     if script is dime:
-        words += " --critic-dim 16 --diffusion-steps 3 --v-max 50"
+        words += " --diffusion-steps 3"
     return words.split()
 
 
 def make_args(script, **flags):
-    """`Args` of small networks, with what `dime.main` would fill in."""
-    if script is dime:
-        flags = {"critic_dim": 16, "v_min": -1600.0, "v_max": 1600.0} | flags
-    return script.Args(**flags)
+    """`Args` of small networks."""
+    return script.Args(**({"critic_dim": 16} if script in CATEGORICAL else {}) | flags)
 
 
 def make_actor(script, obs_dim=3, action_dim=1, **flags):

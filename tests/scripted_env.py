@@ -43,10 +43,18 @@ class Spaces(gym.Env):
 
 
 class PaysTheAction(Spaces):
-    """The reward is the action."""
+    """The reward is the action, times a factor."""
+
+    def __init__(self, factor=1.0):
+        super().__init__(BOX, BOX)
+        self.factor = factor
+
+    def reset(self, *, seed=None, options=None):
+        self.observation_space.seed(seed) if seed is not None else None
+        return super().reset(seed=seed)
 
     def step(self, action):
-        return self.observation_space.sample(), float(action[0]), False, False, {}
+        return self.observation_space.sample(), self.factor * float(action[0]), False, False, {}
 
 
 class NotANumber(Spaces):
@@ -68,7 +76,9 @@ class NotANumber(Spaces):
 
 
 gym.register("Scripted-v0", Scripted)
-gym.register("PaysTheAction-v0", lambda: PaysTheAction(BOX, BOX), max_episode_steps=20)
+gym.register("PaysTheAction-v0", PaysTheAction, max_episode_steps=20)
+for name, factor in {"Pays128th-v0": 1 / 128, "Pays-v0": 1.0, "Pays128-v0": 128.0}.items():
+    gym.register(name, PaysTheAction, kwargs={"factor": factor}, max_episode_steps=20)
 gym.register("Image-v0", lambda: Spaces(IMAGE, BOX))
 gym.register("Unbounded-v0", lambda: Spaces(BOX, gym.spaces.Box(-np.inf, np.inf, (1,))))
 gym.register("Dict-v0", lambda: Spaces(gym.spaces.Dict(a=BOX, b=BOX), BOX), max_episode_steps=20)

@@ -188,7 +188,7 @@ def test_two_calls_share_the_cells(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "suite,cells", [("quick", 7), ("mujoco", 35), ("diffusion-steps", 15), ("toy", 14)]
+    "suite,cells", [("quick", 8), ("mujoco", 40), ("diffusion-steps", 15), ("toy", 16)]
 )
 def test_suites_are_commands_that_the_scripts_accept(suite, cells, tmp_path):
     python = tmp_path / "python"

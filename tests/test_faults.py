@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 import dime
 import ppo_continuous
 import sac_continuous
-from tests.common import ON_POLICY, ROOT, SCRIPTS, run_script
+from tests.common import CATEGORICAL, ON_POLICY, ROOT, SCRIPTS, run_script
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def run_flags(script):
         words += " --batch-size 16 --learning-starts 40"
     if "diff" in script.__name__ or script is dime:
         words += " --diffusion-steps 2"
-    return [*words.split(), *(["--critic-dim", "16", "--v-max", "50"] if script is dime else [])]
+    return [*words.split(), *(["--critic-dim", "16"] if script in CATEGORICAL else [])]
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -16,6 +14,7 @@ import torch
 import dime
 import ppo_continuous
 from tests.common import (
+    CATEGORICAL,
     OFF_POLICY,
     ON_POLICY,
     ROOT,
@@ -46,6 +45,7 @@ def script(request):
 
 twins = pytest.mark.parametrize("script", TWINS, ids=lambda script: script.__name__)
 off_policy = pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
+categorical = pytest.mark.parametrize("script", CATEGORICAL, ids=lambda script: script.__name__)
 on_policy = pytest.mark.parametrize("script", ON_POLICY, ids=lambda script: script.__name__)
 
 
@@ -182,7 +182,7 @@ def test_compiled_update_is_the_eager_one(script, small, monkeypatch, tmp_path):
     for more in ([], ["--compile"]):
         assert run_script(monkeypatch, script, *flags, *more) == 0
     first, second = (load(run_dir) for run_dir in sorted(run_dirs(tmp_path), key=os.path.getmtime))
-    names = ["update", "update_actor"] if script is dime else ["update"]
+    names = ["update", "update_actor"] if script in CATEGORICAL else ["update"]
     assert [function.__name__ for function in compiled] == names
     for name, value in first["actor"].items():
         torch.testing.assert_close(second["actor"][name], value)
@@ -200,35 +200,43 @@ def test_captured_update_is_the_eager_one(script, small, monkeypatch, tmp_path):
         torch.testing.assert_close(second["actor"][name], value)
 
 
-def test_dime_counts_its_gradient_steps(monkeypatch, tmp_path):
-    flags = "--env-id Hopper-v4 --total-timesteps 100".split()
-    assert run_script(monkeypatch, dime, *flags, *small_flags(dime)) == 0
+@categorical
+def test_critics_learn_on_every_gradient_step_and_the_actor_on_every_third(
+    script, small, monkeypatch, tmp_path
+):
+    flags = "--env-id Hopper-v4 --total-timesteps 100 --utd 2 --policy-delay 3".split()
+    assert run_script(monkeypatch, script, *flags, *small) == 0
     (run_dir,) = run_dirs(tmp_path)
     checkpoint = load(run_dir)
     assert checkpoint["q_optimizer"]["state"][0]["step"] == 2 * 60
-    assert checkpoint["actor_optimizer"]["state"][0]["step"] == 2 * 60 // 3  # policy delay
+    assert checkpoint["actor_optimizer"]["state"][0]["step"] == 2 * 60 // 3
     assert checkpoint["alpha_optimizer"]["state"][0]["step"] == 2 * 60 // 3
-    assert (
-        checkpoint["qf"]["norms.0.batches"] == 2 * 60
-        and checkpoint["qf"]["norms.0.mean"].abs().max() > 0
-    )
-    for name in (
-        "losses/critic_loss",
-        "losses/clipped_targets",
-        "losses/alpha",
-        "diffusion/running_cost_per_dim",
-    ):
+    assert checkpoint["qf"]["norms.0.batches"] == 2 * 60
+    assert checkpoint["qf"]["norms.0.mean"].abs().max() > 0
+    for name in ("losses/critic_loss", "losses/clipped_targets", "losses/alpha"):
         assert [step for step, _ in scalars(run_dir, name)] == [100]
     resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", 130]
-    assert run_script(monkeypatch, dime, *resume) == 0
+    assert run_script(monkeypatch, script, *resume) == 0
     after = load(run_dir)
-    assert (
-        after["actor_optimizer"]["state"][0]["step"] == 2 * 90 // 3
-        and after["qf"]["norms.0.batches"] == 2 * 90
-    )
-    assert (
-        run_script(monkeypatch, dime, *resume, "--v-max", 9) == 2
-    )  # the logits belong to the atoms
+    assert after["actor_optimizer"]["state"][0]["step"] == 2 * 90 // 3
+    assert after["qf"]["norms.0.batches"] == 2 * 90
+    assert run_script(monkeypatch, script, *resume, "--v-max", 9) == 2  # the logits are the atoms'
+
+
+@pytest.mark.parametrize("num_atoms", [11, 1])
+@categorical
+def test_rewards_in_other_units_give_the_same_run(script, num_atoms, small, monkeypatch, tmp_path):
+    """A factor 1/128 or 128 in front of the rewards; the scale's epsilon leaves a difference."""
+    actors = {}
+    for name in ("Pays128th-v0", "Pays-v0", "Pays128-v0"):
+        flags = ["--env-id", f"tests.scripted_env:{name}", "--num-atoms", num_atoms, *small]
+        assert run_script(monkeypatch, script, *flags, "--total-timesteps", 120) == 0
+        checkpoint = load(max(run_dirs(tmp_path), key=os.path.getmtime))
+        actors[name] = checkpoint["actor"]
+        assert checkpoint["return_scaler"]["largest"] > 0
+    for name in ("Pays128th-v0", "Pays128-v0"):
+        for key, value in actors["Pays-v0"].items():
+            torch.testing.assert_close(actors[name][key], value, rtol=0, atol=1e-3)
 
 
 def test_dime_temperature_target_is_four_nats_of_running_cost(monkeypatch, tmp_path):
@@ -463,34 +471,6 @@ def test_on_policy_rollout_at_terminations_and_truncations(script, small, monkey
     ]
 
 
-@pytest.mark.parametrize(
-    "flags,support", [("", (-200, 200)), ("--v-min -5 --v-max 12.3", (-5, 12.3))]
-)
-def test_support_follows_the_environment_of_the_command_line(flags, support, monkeypatch, tmp_path):
-    """Not that of the default environment; a flag comes first, and a resumed run keeps its own."""
-    monkeypatch.setitem(
-        sys.modules, "shimmy", types.ModuleType("shimmy")
-    )  # which would register dm_control
-    made = {"entry_point": "gymnasium.envs.classic_control:PendulumEnv", "max_episode_steps": 5}
-    monkeypatch.setitem(
-        gym.registry,
-        "dm_control/pendulum-v0",
-        gym.envs.registration.EnvSpec("dm_control/pendulum-v0", **made),
-    )
-    small = "--hidden-dim 8 --critic-dim 8 --eval-episodes 1 --device cpu".split()
-    command = ["--env-id", "dm_control/pendulum-v0", "--total-timesteps", 2, *small, *flags.split()]
-    assert run_script(monkeypatch, dime, *command) == 0
-    (run_dir,) = run_dirs(tmp_path)
-    args = load(run_dir)["args"]
-    assert (args["v_min"], args["v_max"]) == support
-    assert (
-        run_script(monkeypatch, dime, "--resume", run_dir / "checkpoint.pt", "--total-timesteps", 4)
-        == 0
-    )
-    args = load(run_dir)["args"]
-    assert (args["v_min"], args["v_max"], args["total_timesteps"]) == (*support, 4)
-
-
 @pytest.mark.parametrize("network", ["actor", "critic"])
 @on_policy
 def test_a_weight_that_is_not_a_number_stays_out_of_the_checkpoint(
@@ -631,12 +611,8 @@ BAD_DIFFUSION = {
 }
 BAD_WASSERSTEIN = {"no sample": "--action-samples 0", "negative weight": "--kl-weight-std -0.1"}
 BAD_STEPWISE = {"no trust region": "--kl-bound 0"}
-BAD_DIME = {
-    "no denoising step": "--diffusion-steps 0",
-    "no support": "--v-min 5 --v-max 5",
-    "one atom": "--num-atoms 1",
-    "no prior": "--prior-std 0",
-}
+BAD_CATEGORICAL = {"no support": "--v-min 5 --v-max 5", "no atom": "--num-atoms 0"}
+BAD_DIME = {"no denoising step": "--diffusion-steps 0", "no prior": "--prior-std 0"}
 
 
 def bad_input():
@@ -645,6 +621,8 @@ def bad_input():
         own = BAD_DIME if script is dime else BAD_DIFFUSION if "diff" in script.__name__ else {}
         if script is ppo_continuous:
             own = BAD_PPO
+        if script in CATEGORICAL:
+            own = own | BAD_CATEGORICAL
         if script in STEPWISE:
             own = own | BAD_STEPWISE
         if script is WASSERSTEIN[0]:

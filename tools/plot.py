@@ -47,6 +47,7 @@ COLOURS = {  # Okabe and Ito: colour-blind safe
     "diffsac": "#D55E00",
     "wpo": "#56B4E9",
     "diffwpo": "#E69F00",
+    "crossq": "#7F7F7F",
     "dime": "#000000",
     "ppo": "#009E73",
     "diffppo": "#CC79A7",

@@ -15,10 +15,17 @@ OFF_POLICY = [
     "diffsac_continuous.py",
     "wpo_continuous.py",
     "diffwpo_continuous.py",
+    "crossq_continuous.py",
     "dime.py",
 ]
 ON_POLICY = ["ppo_continuous.py", "diffppo_continuous.py"]
-SECTIONS = {"Frame": OFF_POLICY + ON_POLICY, "Replay": OFF_POLICY, "Rollout": ON_POLICY}
+RETURNS = [*ON_POLICY, "crossq_continuous.py", "dime.py"]
+SECTIONS = {
+    "Frame": OFF_POLICY + ON_POLICY,
+    "Replay": OFF_POLICY,
+    "Rollout": ON_POLICY,
+    "Returns": RETURNS,
+}
 
 
 def section(text, name):

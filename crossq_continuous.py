@@ -1,0 +1,891 @@
+"""CrossQ: SAC without target networks (Bhatt et al., ICLR 2024, arXiv 1902.05605).
+
+Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ] with SAC's policy. Only the critics change:
+batch renormalisation takes the place of their moving averages, and each returns a distribution
+over atoms z_i (C51, arXiv 1707.06887), as in DIME. For transitions (s, a, r, s') from the replay
+buffer, twin critics Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
+
+    target       the mixture of both Z_j(s', a'), with its values moved, projected on the atoms, to
+                 r + gamma (1 - terminated) (z_i - alpha log pi(a'|s'))                          (1)
+    critic       E[ sum_j cross-entropy of Z_j(s, a) to (1), minus 0.005 times its entropy ]     (2)
+    actor        E[ alpha log pi(a_new|s) - mean_j E[ Z_j(s, a_new) ] ]                          (3)
+    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                  (4)
+
+    python crossq_continuous.py --env-id Humanoid-v4
+    python crossq_continuous.py --resume runs/RUN/checkpoint.pt
+"""
+
+import contextlib
+import copy
+import errno
+import importlib.metadata
+import importlib.util
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # run
+    exp_name: str = Path(__file__).stem  # name of the experiment
+    seed: int = 1  # seed of everything random
+    env_id: str = "HalfCheetah-v4"  # gymnasium id, or module:id
+    num_envs: int = 1  # environments stepped together
+    total_timesteps: int = 1_000_000  # steps over all environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live
+    torch_threads: int = 1  # CPU threads; one is fastest here
+    compile: bool = False  # torch.compile the gradient step
+    cuda_graph: bool = False  # replay gradient step and policy (CUDA)
+    track: bool = False  # also log to Weights & Biases
+    eval_frequency: int = 10_000  # steps between evaluations; 0: at the end
+    eval_episodes: int = 10  # episodes per evaluation
+    checkpoint_frequency: int = 50_000  # steps, or 10 minutes; 0: at the end
+    resume: str | None = None  # checkpoint to resume from
+
+    # algorithm
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    gamma: float = 0.99  # discount factor
+    batch_size: int = 256  # transitions per gradient step
+    learning_starts: int = 5_000  # steps with random actions
+    utd: float = 2.0  # gradient steps per environment step
+    policy_delay: int = 3  # critics' gradient steps for one of the actor
+    critic_dim: int = 256  # width of the critics' two hidden layers
+    hidden_dim: int = 256  # width of the actor's hidden layers
+    num_atoms: int = 101  # atoms of the critics' distributions; 1: scalar
+    v_min: float = -5.0  # first atom
+    v_max: float = 5.0  # last atom
+    critic_entropy: float = 0.005  # weight of the distributions' entropy (2)
+    policy_lr: float = 3e-4  # learning rate of the actor
+    q_lr: float = 3e-4  # learning rate of the critics
+    alpha: float = 0.01  # first temperature; fixed: --no-autotune
+    autotune: bool = True  # tune alpha towards the target entropy
+    alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
+    alpha_lr: float = 1e-3  # learning rate of the temperature
+    target_entropy: float | None = None  # nats, actions in [-1, 1]; -dim(A)
+    normalize_obs: bool = False  # observations by running mean and std
+    normalize_rewards: bool = True  # by the scale of past returns
+
+
+# ALGO LOGIC: networks and losses
+def lecun_normal(weight, fan_in):
+    """Truncated normal values of variance 1 / fan_in, in place."""
+    std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations takes this factor away
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class BatchRenorm(nn.Module):
+    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275); plain in the first `warmup` batches."""
+
+    def __init__(self, features, momentum=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, features))  # twins: all have a leading axis
+        self.bias = nn.Parameter(torch.zeros(2, 1, features))
+        self.register_buffer("mean", torch.zeros(2, 1, features))
+        self.register_buffer("var", torch.ones(2, 1, features))
+        self.register_buffer("batches", torch.tensor(0))
+        self.momentum, self.eps, self.warmup = momentum, eps, warmup
+        self.r_max, self.d_max = r_max, d_max
+
+    def forward(self, x, train):
+        """Normalise x (2, batch, features) by running statistics; `train`: by the batch's."""
+        running_std = (self.var + self.eps).sqrt()
+        if not train:
+            return torch.addcmul(self.bias, x - self.mean, self.weight / running_std)
+        mean = x.mean(1, keepdim=True)
+        centred = x - mean
+        var = centred.square().mean(1, keepdim=True)  # faster than x.var()
+        std = (var + self.eps).sqrt()
+        with torch.no_grad():
+            warm = self.batches >= self.warmup
+            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
+            d = ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max)
+            r, d = torch.where(warm, r, 1.0), torch.where(warm, d, 0.0)
+            self.mean.lerp_(mean, self.momentum)
+            self.var.lerp_(var, self.momentum)
+            self.batches += 1
+        return torch.addcmul(self.weight * d + self.bias, centred, self.weight * r / std)
+
+
+class SoftQNetwork(nn.Module):
+    """Twin categorical critics as one batched network: weights have a leading axis of size 2."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        sizes = (obs_dim + action_dim, args.critic_dim, args.critic_dim, args.num_atoms)
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.norms = nn.ModuleList(BatchRenorm(fan_in) for fan_in in sizes[:-1])
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            self.weights.append(lecun_normal(torch.empty(2, fan_in, fan_out), fan_in))
+            self.biases.append(torch.zeros(2, 1, fan_out))
+        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
+
+    def forward(self, obs, actions, train=False):
+        """Logits (2, batch, num_atoms); `train` normalises by the batch, and records it."""
+        x = torch.cat((obs, actions), dim=-1).expand(2, -1, -1)
+        layers = zip(self.norms, self.weights, self.biases, strict=True)
+        for i, (norm, weight, bias) in enumerate(layers):
+            x = F.relu(x) if i > 0 else x
+            x = torch.baddbmm(bias, norm(x, train), weight)
+        return x
+
+    def expected(self, logits):
+        """Expected values (2, batch) of logits; a scalar critic's only output is its value."""
+        return logits.squeeze(-1) if len(self.atoms) == 1 else logits.softmax(-1) @ self.atoms
+
+    def value(self, obs, actions):
+        """Q-values (batch,): the twins' mean; of scalar critics the smaller, as in SAC."""
+        q = self.expected(self(obs, actions))
+        return q.amin(0) if len(self.atoms) == 1 else q.mean(0)  # DIFF: (3)
+
+
+def squash(latent):
+    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    action = torch.tanh(latent)
+    log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
+    return action, log_slope.sum(-1)
+
+
+LOG_STD_MIN, LOG_STD_MAX = -20, 2
+
+
+class Actor(nn.Module):
+    """Gaussian policy, squashed by tanh to [-1, 1]."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        self.fc1 = nn.Linear(obs_dim, args.hidden_dim)
+        self.fc2 = nn.Linear(args.hidden_dim, args.hidden_dim)
+        self.fc_mean = nn.Linear(args.hidden_dim, action_dim)
+        self.fc_log_std = nn.Linear(args.hidden_dim, action_dim)
+
+    def forward(self, obs):
+        """Mean and log standard deviation before squashing, both (batch, action_dim)."""
+        x = F.relu(self.fc1(obs))
+        x = F.relu(self.fc2(x))
+        return self.fc_mean(x), self.fc_log_std(x).clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def sample(self, obs):
+        """Reparameterised action (batch, action_dim) and its log-probability (batch,)."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        action, log_det = squash(mean + log_std.exp() * noise)
+        return action, log_normal.sum(-1) - log_det
+
+    def mean_action(self, obs):
+        """Action (batch, action_dim) without noise."""
+        return squash(self(obs)[0])[0]
+
+
+def project(probs, values, atoms):
+    """Project probs at values (batch, num_atoms) onto the atoms (C51); outside: the end atoms."""
+    position = (values.clamp(atoms[0], atoms[-1]) - atoms[0]) / (atoms[1] - atoms[0])
+    lower = position.nan_to_num().floor().clamp(0, len(atoms) - 2)  # `share` keeps not-a-number
+    share = position - lower
+    projected = torch.zeros_like(probs).scatter_add_(1, lower.long(), probs * (1 - share))
+    return projected.scatter_add_(1, lower.long() + 1, probs * share)
+
+
+def critic_loss(qf, batch, next_actions, next_cost, args):
+    """Loss (2), summed over the twins; Q-values (2, batch); share (batch,) of (1) outside.
+
+    next_cost (batch,) is alpha times the log-probability of next_actions.
+    """
+    # one pass for (s, a) and (s', a'): both halves share the batch's statistics
+    obs, actions = torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions))
+    logits, next_logits = qf(obs, actions, train=True).chunk(2, dim=1)
+    q, discounts = qf.expected(logits), args.gamma * (1 - batch.terminations)
+    if args.num_atoms == 1:  # CrossQ's own critics: SAC's target and loss
+        next_q = qf.expected(next_logits).detach().amin(0)
+        target = batch.rewards + discounts * (next_q - next_cost)
+        return (q - target).square().mean(1).sum(), q, torch.zeros_like(target)
+
+    with torch.no_grad():
+        next_probs = next_logits.softmax(-1).mean(0)
+        values = batch.rewards[:, None] + discounts[:, None] * (qf.atoms - next_cost[:, None])
+        target_probs = project(next_probs, values, qf.atoms)
+        outside = (values < qf.atoms[0]) | (values > qf.atoms[-1])
+        clipped = (next_probs * outside).sum(-1)
+    log_probs = logits.log_softmax(-1)
+    weights = target_probs - args.critic_entropy * log_probs.exp()
+    return -(weights * log_probs).sum(-1).mean(1).sum(), q, clipped  # DIFF: (2)
+
+
+def actor_loss(actor, qf, obs, alpha):
+    """Equation (3), and log_prob (batch,)."""
+    actions, log_prob = actor.sample(obs)
+    return (alpha * log_prob - qf.value(obs, actions)).mean(), log_prob
+
+
+def temperature_loss(log_alpha, log_prob, target_entropy):
+    """Equation (4): its gradient raises alpha while the entropy is below the target."""
+    return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
+
+
+def main(args: Args):
+    device = set_up(args)
+    envs = make_envs(args.env_id, args.num_envs)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
+
+    actor = Actor(obs_dim, action_dim, args).to(device)
+    qf = SoftQNetwork(obs_dim, action_dim, args).to(device)
+    log_alpha = torch.tensor(args.alpha).log().clamp(min=-1e9)
+    temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
+    obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
+    return_scaler = ReturnScaler(args.num_envs, args.gamma, bound=args.v_max).to(device)
+    adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
+    actor_optimizer = adam(actor.parameters(), lr=args.policy_lr, betas=(0.5, 0.999))
+    q_optimizer = adam(qf.parameters(), lr=args.q_lr, betas=(0.5, 0.999))
+    alpha_optimizer = adam(temperature.parameters(), lr=args.alpha_lr)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    parts = dict(actor=actor, qf=qf, temperature=temperature, obs_rms=obs_rms)
+    parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
+    parts |= dict(alpha_optimizer=alpha_optimizer, return_scaler=return_scaler, buffer=buffer)
+    run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
+    if not qf.atoms.cpu().allclose(torch.linspace(args.v_min, args.v_max, args.num_atoms)):
+        support = qf.atoms[0].item(), qf.atoms[-1].item()
+        fail(f"the checkpoint's critics have the support {support}: it cannot be changed")
+
+    def update(batch):
+        """One gradient step of the critics; returns metrics."""
+        batch = batch._replace(obs=obs_rms(batch.obs), next_obs=obs_rms(batch.next_obs))
+        if args.normalize_rewards:
+            batch = batch._replace(rewards=batch.rewards * return_scaler.scale())
+        alpha = temperature.log_alpha.detach().exp()
+        with torch.no_grad():
+            next_actions, next_log_prob = actor.sample(batch.next_obs)
+        loss, q, clipped = critic_loss(qf, batch, next_actions, alpha * next_log_prob, args)
+        descend(q_optimizer, loss)
+        metrics = {"losses/critic_loss": loss, "losses/qf_values": q}
+        metrics |= {"losses/clipped_targets": clipped}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def update_actor(batch):
+        """One gradient step of the actor and the temperature; returns metrics."""
+        alpha = temperature.log_alpha.detach().exp()
+        pi_loss, log_prob = actor_loss(actor, qf, obs_rms(batch.obs), alpha)
+        descend(actor_optimizer, pi_loss)
+
+        if args.autotune:
+            alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
+            descend(alpha_optimizer, alpha_loss)
+        metrics = {"losses/actor_loss": pi_loss, "losses/alpha": alpha, "losses/entropy": -log_prob}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    update, update_actor, act = speed_up(args, update, update_actor, act=actor.sample)
+    updates = int(qf.norms[0].batches)  # the norms count them, in a resumed run too
+
+    # TRY NOT TO MODIFY: start the game
+    obs, metrics = run.reset(), {}
+    while run.goes_on():
+        # ALGO LOGIC: act
+        if run.step < args.learning_starts:
+            actions = envs.action_space.sample()
+        else:
+            with torch.no_grad():
+                actions = act(obs_rms(to_tensor(obs, device)))[0].cpu().numpy()
+
+        # TRY NOT TO MODIFY: step the environments and store the transitions
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]  # next_obs[i] starts the next episode
+        run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
+        buffer.add(obs, last_obs, actions, rewards, terminations)
+        obs_rms.update(to_tensor(obs, device))
+        dones = to_tensor(terminations | truncations, device)
+        return_scaler.update(to_tensor(rewards, device)[None], dones[None])
+        obs = next_obs
+
+        # ALGO LOGIC: learn
+        if not args.autotune:
+            temperature.log_alpha.data.fill_(run.fixed_log_alpha())
+        for _ in range(run.updates_due()):
+            batch, updates = buffer.sample(args.batch_size), updates + 1
+            metrics |= update(batch)
+            if updates % args.policy_delay == 0:
+                metrics |= update_actor(batch)
+        if metrics and run.due(100):
+            run.log(metrics)
+            if metrics["losses/clipped_targets"].mean() > 0.01:  # shown once
+                text = "over 1 % of the targets lie outside [--v-min, --v-max]: widen it"
+                warnings.warn(text, stacklevel=1)
+        if run.due(args.eval_frequency) or run.step >= args.total_timesteps:
+            run.evaluate(actor, obs_rms)
+        run.save_when_due()
+    run.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Frame: the same text in every script (tools/sync.py). Nothing below belongs to the algorithm.
+
+# For `uv run`, which installs what a file needs (PEP 723):
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.17.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+# ]
+# ///
+
+LIMITS = {  # smallest and largest value of a flag, in all scripts
+    "num_envs total_timesteps torch_threads eval_episodes buffer_size": (1, math.inf),
+    "batch_size hidden_dim diffusion_steps alpha_anneal action_samples": (1, math.inf),
+    "num_steps num_minibatches update_epochs policy_delay critic_dim": (1, math.inf),
+    "eval_frequency checkpoint_frequency learning_starts utd": (0, math.inf),
+    "policy_lr q_lr alpha_lr learning_rate alpha": (0, math.inf),
+    "kl_weight_mean kl_weight_std clip_coef vf_coef target_kl critic_entropy": (0, math.inf),
+    "max_grad_norm kl_bound": (1e-6, math.inf),
+    "target_entropy v_min v_max": (-1e9, 1e9),
+    "delta_first delta_last": (0.001, 0.99),
+    "prior_std initial_std": (1e-6, 1e6),
+    "seed": (0, 2**32 - 1),
+    "gamma gae_lambda": (0, 1),
+    "num_atoms": (1, 1e6),
+    "tau": (1e-6, 1),
+}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def fail(message):
+    """Print one error line to stderr and exit with code 2."""
+    print(f"error: {textwrap.shorten(message, 200, placeholder=' ...')}", file=sys.stderr)
+    sys.exit(2)
+
+
+def set_up(args):
+    """Refuse flags that cannot work, seed everything random, and return the torch.device."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for names, (low, high) in LIMITS.items():
+        for name in given.keys() & names.split():
+            if not low <= given[name] <= high or given[name] == math.inf:
+                fail(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {given[name]}")
+    if args.alpha == 0 and given.get("autotune"):
+        fail("--alpha must be positive, or fixed with --no-autotune")
+    if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
+        fail("--alpha-anneal needs a positive --alpha, without --autotune")
+    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+        fail("--diffusion-steps must not be larger than --batch-size")
+    if given.get("delta_last", 0) > given.get("delta_first", 1):
+        fail("--delta-last must not be larger than --delta-first")
+    rows, parts = args.num_envs * given.get("num_steps", 2), given.get("num_minibatches", 1)
+    if rows < 2 * parts:
+        fail("--num-envs times --num-steps must be at least twice --num-minibatches")
+    if args.cuda_graph and rows % parts:
+        fail("--cuda-graph needs minibatches of one size: --num-minibatches divides the rollout")
+    if given.get("v_min", -1) >= given.get("v_max", 1):
+        fail("--v-min must be smaller than --v-max")
+    if given.get("buffer_size", args.num_envs) < args.num_envs:
+        fail("--buffer-size must not be smaller than --num-envs")
+    devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
+    devices = [name for name in devices if getattr(torch, name).is_available()]
+    if not devices or (args.cuda_graph and devices[0] != "cuda"):
+        fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        fail("--compile needs a C++ compiler, g++ or clang++")
+    if args.track and not tracking_works():
+        fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    torch.set_num_threads(args.torch_threads)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed)
+    return torch.device(devices[0])
+
+
+def tracking_works():
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    wandb = importlib.util.find_spec("wandb") and importlib.import_module("wandb")
+    return wandb and (not online or wandb.login(prompt=False))
+
+
+class Interface(gym.Wrapper):
+    """Any environment as a script sees it: flat float32 observations, actions in [-1, 1], no infos.
+
+    Raises ValueError for spaces that the scripts cannot train with.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        obs_space, space = env.observation_space, env.action_space
+        boxes = obs_space.values() if isinstance(obs_space, gym.spaces.Dict) else [obs_space]
+        if any(len(box.shape or ()) > 1 for box in boxes):
+            raise ValueError(f"its observations have more than one axis: {obs_space}")
+        real = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+        if not real or len(space.shape) != 1:
+            raise ValueError(f"its actions are not real numbers along one axis: {space}")
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        if not (abs(low) < 1e9).all() or not (abs(high) < 1e9).all() or not (low < high).all():
+            raise ValueError(f"the bounds of its actions meet, or are 1e9 and more: {space}")
+        self.centre, self.half_width = (high + low) / 2, (high - low) / 2
+        self.low, self.high, self.dtype = low, high, space.dtype
+        self.bounds = {"action_low": low.tolist(), "action_high": high.tolist()}
+        self.mixed, size = not isinstance(obs_space, gym.spaces.Box), gym.spaces.flatdim(obs_space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, space.shape, np.float32)
+
+    def observation(self, obs):  # a copy: an environment may write all of them into one array
+        if self.mixed:
+            obs = gym.spaces.flatten(self.env.observation_space, obs)
+        with np.errstate(over="ignore"):  # `Run.check` stops at what is then infinite
+            return np.array(obs, np.float32).reshape(self.observation_space.shape)
+
+    def reset(self, **options):
+        return self.observation(self.env.reset(**options)[0]), {}
+
+    def step(self, action):
+        action = np.maximum(self.low, np.minimum(self.high, self.centre + self.half_width * action))
+        obs, reward, terminated, truncated, _ = self.env.step(action.astype(self.dtype))
+        ended = bool(terminated), bool(truncated)
+        return self.observation(obs), float(np.squeeze(reward)), *ended, {}
+
+
+def make_envs(env_id, num_envs, processes=False):
+    """Vector environment of `num_envs` copies of `env_id`, each behind an `Interface`."""
+
+    def make_env():
+        return gym.wrappers.RecordEpisodeStatistics(Interface(gym.make(env_id)))
+
+    sys.path.append(os.getcwd())  # where module:id may lie
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is the papers' choice
+    if importlib.util.find_spec("mujoco"):  # as are its model files with their deprecated words
+        quiet = lambda text: "deprecated" in text or print(text, file=sys.stderr)  # noqa: E731
+        importlib.import_module("mujoco").set_mju_user_warning(quiet)
+    try:
+        if env_id.startswith("dm_control/"):
+            import shimmy  # noqa: F401  (registers the dm_control environments)
+        vector = gym.vector.AsyncVectorEnv if processes else gym.vector.SyncVectorEnv
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for us, not for the processes
+        envs = vector([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        signal.signal(signal.SIGINT, interrupt)
+        return envs
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        fail(f"cannot train in {env_id}: {error}")
+
+
+def env_seeds(seed, count, purpose):
+    """Seeds of environments; other seeds and purposes (0: evaluation) share none of them."""
+    entropies = [np.random.SeedSequence((seed, i, purpose)) for i in range(count)]
+    return [int(entropy.generate_state(1)[0]) for entropy in entropies]
+
+
+def to_tensor(array, device):
+    return torch.as_tensor(array, dtype=torch.float32, device=device)
+
+
+class RunningMeanStd(nn.Module):
+    """Normalises by mean and variance of all rows that `update` has seen, unless disabled."""
+
+    EPSILON, CLIP = 1e-2, 10.0  # a dimension that hardly moves is not blown up
+
+    def __init__(self, dim, enabled=True):
+        super().__init__()
+        self.enabled = enabled
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.tensor(0))
+
+    def update(self, rows):
+        """Update the statistics with rows (count, dim)."""
+        if self.enabled:
+            self.count += len(rows)
+            weight, shift = len(rows) / self.count, rows.mean(0) - self.mean
+            self.var += weight * (rows.var(0, correction=0) - self.var)
+            self.var += weight * (1 - weight) * shift.square()
+            self.mean += weight * shift
+
+    def forward(self, x):
+        if not self.enabled:
+            return x
+        return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
+
+
+def descend(optimizer, loss, max_grad_norm=math.inf):
+    """One step of an optimiser; no other weights than its own get a gradient."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)
+    if max_grad_norm < math.inf:
+        nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_towards(average, model, tau):
+    """Exponential moving average of the weights of `model`."""
+    for slow, weight in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(weight, tau)
+
+
+def speed_up(args, *updates, act):
+    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
+    if args.compile:
+        updates = [torch.compile(update) for update in updates]
+    if args.cuda_graph:
+        from tensordict.nn import CudaGraphModule
+
+        *updates, act = (CudaGraphModule(function) for function in (*updates, act))
+    return *updates, act
+
+
+def load_checkpoint(path):
+    """Checkpoint of this script, tensors on the CPU, "args" as `Args`. Executes nothing of it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint["script"] == Path(__file__).stem:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
+        problem = f"was written by {checkpoint['script']}.py"
+    except Exception as error:  # whatever is wrong with the file
+        problem = f"cannot be read ({type(error).__name__})"
+    fail(f"the checkpoint {path} {problem}")
+
+
+class Run:
+    """The folder of a run: its log, progress, evaluations, signals and checkpoints.
+
+    `parts` are what a checkpoint holds, by name: networks, optimisers, normaliser, replay buffer.
+    """
+
+    exists = False  # until then a run can be refused without a trace
+
+    def __init__(self, args, envs, parts):
+        self.args, self.envs, self.parts, self.step = args, envs, parts, 0
+        self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps between two logs
+        self.eval_envs = make_envs(args.env_id, args.eval_episodes)
+        self.folder = self.open_folder()
+        if args.resume:
+            self.restore(load_checkpoint(args.resume))
+        Run.exists, self.stop_signal, self.last_return = True, None, math.nan
+        self.first_step, self.start_time, self.save_time = self.step, time.time(), time.time()
+        self.line_time = time.time() + 10
+        if args.track:
+            import wandb
+
+            name = {key: self.folder.resolve().name for key in ("name", "id")}
+            wandb.init(**name, resume="allow", config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy"))
+        facts = asdict(args) | {name: importlib.metadata.version(name) for name in packages}
+        facts |= {"python": sys.version.split()[0], "command": " ".join(sys.argv)}
+        rows = [f"|{name}|{value}|" for name, value in facts.items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # of a terminal that closes
+        nohup = {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set()
+        numbers = {signal.SIGINT, signal.SIGTERM, hangup} - nohup
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, disable=None, mininterval=1)
+        self.say(f"run folder {self.folder}, step {self.step} of {args.total_timesteps}")
+        if args.total_timesteps <= getattr(args, "learning_starts", -1):
+            self.say(f"all steps will be random: --learning-starts is {args.learning_starts}")
+
+    def open_folder(self):
+        """Make the folder of this run, or take that of the one to resume, and lock it."""
+        args = self.args
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+        folder = Path("runs", re.sub(r"[^\w.-]", "-", name))
+        if args.resume:
+            folder = Path(os.path.relpath(Path(args.resume).resolve().parent))
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            self.lock = open(folder / "lock", "w")
+            with contextlib.suppress(ImportError):  # Windows
+                import fcntl
+
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError:
+            fail(f"another process is training in {folder}")
+        except OSError as error:
+            fail(f"cannot make the folder {folder}: {error.strerror}")
+        return folder
+
+    def on_signal(self, number, _):
+        self.stop_signal = number  # stop after the current step, with a checkpoint
+        signal.signal(number, signal.SIG_DFL)  # or at once, when the signal comes again
+
+    def reset(self):
+        """First observations (num_envs, obs_dim); a resumed run begins new episodes."""
+        self.envs.action_space.seed(self.args.seed + self.step)
+        obs, _ = self.envs.reset(seed=env_seeds(self.args.seed, self.args.num_envs, 1 + self.step))
+        self.check({"an observation": obs})
+        return obs
+
+    def goes_on(self):
+        return self.step < self.args.total_timesteps and self.stop_signal is None
+
+    def due(self, frequency):
+        """Whether the last steps reached a multiple of `frequency`."""
+        return frequency > 0 and self.step % frequency < self.stride
+
+    def updates_due(self):
+        """Gradient steps now: --utd for each environment step past --learning-starts."""
+        learned = max(0, self.step - self.args.num_envs - self.args.learning_starts)
+        due = max(0, self.step - self.args.learning_starts)
+        return math.floor(self.args.utd * due) - math.floor(self.args.utd * learned)
+
+    def fixed_log_alpha(self):
+        """With --no-autotune; the factor --alpha-anneal is gone after 70 % of the run."""
+        left = max(0.0, 1 - self.step / (0.7 * self.args.total_timesteps))
+        alpha = self.args.alpha * self.args.alpha_anneal**left
+        return math.log(alpha) if alpha else -1e9
+
+    def check(self, values):
+        """Stop the run, exit code 1, if an array or tensor overflows float32 when squared."""
+        for name, value in values.items():
+            if not (abs(value) < 1e18).all():
+                where = f"the last checkpoint, if any, is in {self.folder}"
+                sys.exit(f"error: {name} is not finite at step {self.step} (or over 1e18); {where}")
+
+    def count(self, infos, observations, rewards):
+        """Count a step of all environments, check what it brought, log the episodes that ended."""
+        self.step += self.args.num_envs
+        self.check({"an observation": np.stack(observations), "a reward": rewards})
+        for i in np.flatnonzero(infos.get("_final_info", ())):
+            episode = infos["final_info"]["episode"]
+            self.last_return = episode["r"][i]
+            self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
+            self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
+            self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
+        if self.bar.disable and time.time() > self.line_time:  # no terminal
+            self.line_time, todo = time.time() + 60, self.args.total_timesteps - self.step
+            left = tqdm.format_interval(todo / self.speed())
+            line = f"step {self.step}: return {self.last_return:.1f}"
+            self.say(f"{line}, {self.speed():.0f} steps/s, {left} left")
+        self.bar.update(self.args.num_envs)
+
+    def speed(self):
+        return (self.step - self.first_step) / (time.time() - self.start_time)
+
+    def say(self, line):
+        try:
+            self.bar.write(line)
+            sys.stdout.flush()
+        except OSError:  # a pipe or terminal that has gone costs the line, not the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def log(self, metrics):
+        """Write the means of tensors or arrays; stop the run if one is not finite."""
+        for name, value in metrics.items():
+            self.check({name: value})
+            self.writer.add_scalar(name, value.mean().item(), self.step)
+        self.writer.add_scalar("charts/SPS", self.speed(), self.step)
+
+    @torch.no_grad()
+    def evaluate(self, actor, obs_rms):
+        """Log the returns of --eval-episodes episodes of the policy, with and without its noise.
+
+        Environments, seeds and random numbers are not those of the training. An episode ends after
+        10,000 steps at the latest; a signal ends the evaluation.
+        """
+        self.say(f"step {self.step}: evaluating") if self.bar.disable else None
+        envs, device, words = self.eval_envs, obs_rms.mean.device, f"step {self.step}:"
+        policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
+        for name, policy in policies.items():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self.args.seed)
+                obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs, 0))
+                returns, active, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), 0
+                while active.any() and steps < 10_000:
+                    if self.stop_signal:
+                        return
+                    actions = policy(obs_rms(to_tensor(obs, device))).cpu().numpy()
+                    obs, rewards, terminations, truncations, _ = envs.step(actions)
+                    returns += active * rewards
+                    active &= ~(terminations | truncations)
+                    steps += 1
+            self.check({f"eval/episodic_return{name}": returns})
+            self.writer.add_scalar(f"eval/episodic_return{name}", returns.mean(), self.step)
+            words += f" episodic_return{name} {returns.mean():.1f} +- {returns.std():.1f}"
+        self.say(words)
+
+    def save(self):
+        """Write a checkpoint beside the old one, then replace it: one of them is always whole."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                self.check({f"{name}.{key}": value for key, value in state[name].items()})
+        state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
+        state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
+        path, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
+        try:
+            self.writer.flush()  # a checkpoint is never ahead of the curves
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__
+            full = getattr(cause, "errno", None) in FULL_DISK
+            problem = "the disk is full" if full else " ".join(str(error).split())
+            sys.exit(f"error: cannot write the checkpoint {path}: {problem}")
+        self.save_time = time.time()
+
+    def save_when_due(self):
+        """At multiples of --checkpoint-frequency, and ten minutes after the last time."""
+        frequency = self.args.checkpoint_frequency
+        late = frequency and time.time() > self.save_time + 600
+        if self.goes_on() and (late or self.due(frequency)):  # else `close` does
+            self.save()
+
+    def restore(self, checkpoint):
+        """Load all parts; optimisers keep the learning rates of the flags."""
+        if checkpoint["args"].env_id != self.args.env_id:
+            fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        if "temperature" in checkpoint and getattr(self.args, "autotune", False):
+            if checkpoint["temperature"]["log_alpha"].exp() == 0:
+                fail("the checkpoint has temperature 0, which --autotune cannot change")
+        self.step = checkpoint["global_step"]
+        torch.manual_seed(self.args.seed + self.step)
+        try:
+            for name, part in self.parts.items():
+                state = checkpoint[name]
+                if "param_groups" in state:
+                    groups = part.state_dict()["param_groups"]
+                    if len(groups[0]["params"]) != len(state["param_groups"][0]["params"]):
+                        raise ValueError(f"{name} is of another number of weights")
+                    state = copy.deepcopy(state) | {
+                        "param_groups": groups
+                    }  # or the file stays mapped
+                part.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"the checkpoint does not fit the arguments: {error}")
+
+    def close(self):
+        """Save, say how to go on, and exit with 128 + signal if one stopped the run."""
+        self.save()
+        for thing in (self.bar, self.envs, self.eval_envs, self.writer, self.lock):
+            thing.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        again = f"python {sys.argv[0]} --resume {self.folder / 'checkpoint.pt'}"
+        if self.step >= self.args.total_timesteps:
+            return self.say(f"finished; to train longer: {again} --total-timesteps N")
+        self.say(f"checkpoint written at step {self.step}; go on with: {again}")
+        sys.exit(128 + self.stop_signal)
+
+
+def start():
+    """Run main with the flags of the command line, on top of those of the run to resume."""
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args.resume)["args"])
+    try:
+        main(args)
+    except (MemoryError, RuntimeError) as error:
+        if Run.exists or not re.search("memory|overflow|allocate", str(error)):
+            raise
+        fail(f"networks and buffers of these sizes do not fit into memory: {error}")
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        sys.exit(f"error: the disk is full: {error}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Replay: the same text in every off-policy script (tools/sync.py).
+
+
+class Batch(NamedTuple):
+    """Transitions, one per row."""
+
+    obs: torch.Tensor  # (batch, obs_dim)
+    next_obs: torch.Tensor  # (batch, obs_dim), of the same episode
+    actions: torch.Tensor  # (batch, action_dim)
+    rewards: torch.Tensor  # (batch,)
+    terminations: torch.Tensor  # (batch,), 1 in a terminal state; a time limit leaves 0
+
+
+class ReplayBuffer:
+    """Ring buffer of transitions in float32 tensors on `device`."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        shapes = ((obs_dim,), (obs_dim,), (action_dim,), (), ())
+        self.data = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
+        self.capacity, self.device, self.position, self.size = capacity, device, 0, 0
+
+    def add(self, *transitions):
+        """Append one transition of each environment: arrays in the order of `Batch`."""
+        count = len(transitions[0])
+        rows = (torch.arange(count, device=self.device) + self.position) % self.capacity
+        for data, values in zip(self.data, transitions, strict=True):
+            data[rows] = to_tensor(values, self.device)
+        self.position = (self.position + count) % self.capacity
+        self.size = min(self.size + count, self.capacity)
+
+    def sample(self, batch_size):
+        """A `Batch` of rows drawn uniformly with replacement."""
+        rows = torch.randint(self.size, (batch_size,), device=self.device)
+        return Batch(*(data[rows] for data in self.data))
+
+    def state_dict(self):
+        # through numpy: torch.save writes whole storages, and this makes none of the empty part
+        filled = [torch.from_numpy(data[: self.size].cpu().numpy()) for data in self.data]
+        return {"position": self.position, "size": self.size, "data": filled}
+
+    def load_state_dict(self, state):
+        """Load transitions, oldest first; the newest that fit are kept."""
+        self.size = min(state["size"], self.capacity)
+        self.position = self.size % self.capacity
+        for data, filled in zip(self.data, state["data"], strict=True):
+            data[: self.size] = filled.roll(-state["position"], 0)[state["size"] - self.size :]
+
+
+# --------------------------------------------------------------------------------------------------
+# Returns: the same text in four scripts (tools/sync.py).
+
+
+class ReturnScaler(nn.Module):
+    """Running scale of the discounted sums of past rewards.
+
+    Their standard deviation, or what keeps the largest of them within +-bound (FlashSAC).
+    """
+
+    def __init__(self, num_envs, gamma, bound=math.inf):
+        super().__init__()
+        self.gamma, self.bound, self.rms = gamma, bound, RunningMeanStd(1)
+        self.register_buffer("largest", torch.zeros(1))
+        self.register_buffer("sums", torch.zeros(num_envs), persistent=False)
+
+    def update(self, rewards, dones):
+        """Update with rows (num_steps, num_envs); the end of an episode starts a new sum."""
+        seen = []
+        for reward, done in zip(rewards, dones, strict=True):
+            self.sums = self.gamma * self.sums + reward
+            seen.append(self.sums)
+            self.sums = self.sums * (1 - done)
+        self.rms.update(torch.cat(seen)[:, None])
+        self.largest.copy_(torch.maximum(self.largest, torch.cat(seen).abs().amax()))
+
+    def scale(self):
+        """The factor for rewards, and for all that is in their units."""
+        return torch.minimum((self.rms.var + 1e-8).rsqrt(), self.bound / self.largest)
+
+
+if __name__ == "__main__":
+    start()
