@@ -70,6 +70,7 @@ class Args:
     torch_threads: int = 1  # CPU threads; one is fastest here
     compile: bool = False  # torch.compile the gradient step
     cuda_graph: bool = False  # replay gradient step and policy (CUDA)
+    bf16: bool = False  # gradient step's products in bfloat16
     track: bool = False  # also log to Weights & Biases
     eval_frequency: int = 10_000  # steps between evaluations; 0: at the end
     eval_episodes: int = 10  # episodes per evaluation
@@ -314,7 +315,7 @@ def main(args: Args):
         descend(optimizer, loss, args.max_grad_norm)
         return {name: value.detach().mean() for name, value in metrics.items()}
 
-    update, act = speed_up(args, update, act=act)
+    update, act = speed_up(args, device, update, act=act)
 
     # TRY NOT TO MODIFY: start the game
     obs = run.reset()
@@ -433,10 +434,19 @@ def set_up(args):
         fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    if args.bf16 and not has_bf16(devices[0]):
+        fail("--bf16 needs a processor or card with bfloat16 instructions: it is slow without")
     torch.set_num_threads(args.torch_threads)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     return torch.device(devices[0])
+
+
+def has_bf16(kind):
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    path = Path("/proc/cpuinfo")  # there it is avx512_bf16, amx_bf16 or, on ARM, bf16
+    return kind == "cpu" and path.exists() and "bf16" in path.read_text()
 
 
 def tracking_works():
@@ -563,10 +573,13 @@ def move_towards(average, model, tau):
         slow.lerp_(weight, tau)
 
 
-def speed_up(args, *updates, act):
-    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
+def speed_up(args, device, *updates, act):
+    """Gradient steps, by the flags compiled, in bfloat16 or as CUDA graphs; and the policy."""
     if args.compile:
         updates = [torch.compile(update) for update in updates]
+    if args.bf16:  # without a cache of cast weights: an optimiser changes them inside an update
+        autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        updates = [autocast(update) for update in updates]
     if args.cuda_graph:
         from tensordict.nn import CudaGraphModule
 

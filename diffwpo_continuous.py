@@ -82,6 +82,7 @@ class Args:
     torch_threads: int = 1  # CPU threads; one is fastest here
     compile: bool = False  # torch.compile the gradient step
     cuda_graph: bool = False  # replay gradient step and policy (CUDA)
+    bf16: bool = False  # gradient step's products in bfloat16
     track: bool = False  # also log to Weights & Biases
     eval_frequency: int = 10_000  # steps between evaluations; 0: at the end
     eval_episodes: int = 10  # episodes per evaluation
@@ -197,7 +198,7 @@ class Actor(nn.Module):
     def control(self, obs_features, latent, k):
         """c(s, a^k, k), (..., action_dim), of `fc_obs(obs)` and a^k; k an integer, or (...)."""
         x = F.relu(obs_features + self.fc_step.weight[k - 1] + self.fc_latent(latent))
-        return self.fc_control(F.relu(self.fc2(x)))
+        return self.fc_control(F.relu(self.fc2(x))).to(latent.dtype)
 
     def chain(self, obs, noise_scale=1.0):
         """Run the `Chain` of each obs (batch, obs_dim), from the prior to the latent action."""
@@ -257,14 +258,15 @@ def latent_critic_loss(actor, vf, chain, q, alpha):
         control_cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: steps 1 ... j
         cost = actor.end_cost(chain.latents[0])[1] + control_cost[j - 1, rows]
     inputs = torch.cat((obs, chain.latents[j, rows], j[:, None] / actor.steps), dim=-1)
-    q_part, cost_part = vf(inputs).unbind(-1)
+    q_part, cost_part = vf(inputs).to(obs.dtype).unbind(-1)
     return F.mse_loss(q_part, q) + alpha**2 * F.mse_loss(cost_part, cost)  # DIFF: (7)
 
 
 def latent_value(actor, qf, vf, obs, latent, alpha):
     """V_(k-1) of latents a^(k-1) (batch, action_dim); row i belongs to step k = 1 + i % K."""
     place = (torch.arange(len(obs), device=obs.device) % actor.steps)[:, None] / actor.steps
-    q_part, cost_part = vf(torch.cat((obs, latent, place), dim=-1)).unbind(-1)
+    inputs = torch.cat((obs, latent, place), dim=-1)
+    q_part, cost_part = vf(inputs).to(obs.dtype).unbind(-1)
     value = q_part - alpha * cost_part
     action, end_cost = actor.end_cost(latent[:: actor.steps])  # rows of k = 1: Q itself is V_0
     value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
@@ -381,7 +383,7 @@ def main(args: Args):
         metrics |= {"diffusion/in_trust_region": (kl < args.kl_bound).float()}
         return {name: value.detach() for name, value in metrics.items()}
 
-    update, act = speed_up(args, update, act=actor.sample)
+    update, act = speed_up(args, device, update, act=actor.sample)
 
     # TRY NOT TO MODIFY: start the game
     obs, metrics = run.reset(), {}
@@ -490,10 +492,19 @@ def set_up(args):
         fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    if args.bf16 and not has_bf16(devices[0]):
+        fail("--bf16 needs a processor or card with bfloat16 instructions: it is slow without")
     torch.set_num_threads(args.torch_threads)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     return torch.device(devices[0])
+
+
+def has_bf16(kind):
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    path = Path("/proc/cpuinfo")  # there it is avx512_bf16, amx_bf16 or, on ARM, bf16
+    return kind == "cpu" and path.exists() and "bf16" in path.read_text()
 
 
 def tracking_works():
@@ -620,10 +631,13 @@ def move_towards(average, model, tau):
         slow.lerp_(weight, tau)
 
 
-def speed_up(args, *updates, act):
-    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
+def speed_up(args, device, *updates, act):
+    """Gradient steps, by the flags compiled, in bfloat16 or as CUDA graphs; and the policy."""
     if args.compile:
         updates = [torch.compile(update) for update in updates]
+    if args.bf16:  # without a cache of cast weights: an optimiser changes them inside an update
+        autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        updates = [autocast(update) for update in updates]
     if args.cuda_graph:
         from tensordict.nn import CudaGraphModule
 

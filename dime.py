@@ -63,6 +63,7 @@ class Args:
     torch_threads: int = 1  # CPU threads; one is fastest here
     compile: bool = False  # torch.compile the gradient step
     cuda_graph: bool = False  # replay gradient step and policy (CUDA)
+    bf16: bool = False  # gradient step's products in bfloat16
     track: bool = False  # also log to Weights & Biases
     eval_frequency: int = 10_000  # steps between evaluations; 0: at the end
     eval_episodes: int = 10  # episodes per evaluation
@@ -156,7 +157,7 @@ class SoftQNetwork(nn.Module):
         layers = zip(self.norms, self.weights, self.biases, strict=True)
         for i, (norm, weight, bias) in enumerate(layers):
             x = F.relu(x) if i > 0 else x
-            x = torch.baddbmm(bias, norm(x, train), weight)
+            x = torch.baddbmm(bias, norm(x, train), weight).to(obs.dtype)
         return x
 
     def expected(self, logits):
@@ -236,7 +237,7 @@ class Actor(nn.Module):
         latents, (eta, decay, std) = [self.prior_std * prior_noise], self.kernels()
         for k in range(self.steps, 0, -1):
             x = self.gelu(obs_features + step_features[k - 1] + self.fc_latent(latents[0]))
-            control = self.fc_control(self.gelu(self.fc3(self.gelu(self.fc2(x)))))
+            control = self.fc_control(self.gelu(self.fc3(self.gelu(self.fc2(x))))).to(obs.dtype)
             mean = decay[k - 1] * latents[0] + eta[k - 1] * control
             latents.insert(0, mean + std[k - 1] * noises[k - 1])  # DIFF: (5)
         return torch.stack(latents), noises
@@ -360,7 +361,7 @@ def main(args: Args):
         metrics |= {"diffusion/noise_std_1": actor.kernels()[2][0]}
         return {name: value.detach() for name, value in metrics.items()}
 
-    update, update_actor, act = speed_up(args, update, update_actor, act=actor.sample)
+    update, update_actor, act = speed_up(args, device, update, update_actor, act=actor.sample)
     updates = int(qf.norms[0].batches)  # the norms count them, in a resumed run too
 
     # TRY NOT TO MODIFY: start the game
@@ -478,10 +479,19 @@ def set_up(args):
         fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    if args.bf16 and not has_bf16(devices[0]):
+        fail("--bf16 needs a processor or card with bfloat16 instructions: it is slow without")
     torch.set_num_threads(args.torch_threads)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     return torch.device(devices[0])
+
+
+def has_bf16(kind):
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    path = Path("/proc/cpuinfo")  # there it is avx512_bf16, amx_bf16 or, on ARM, bf16
+    return kind == "cpu" and path.exists() and "bf16" in path.read_text()
 
 
 def tracking_works():
@@ -608,10 +618,13 @@ def move_towards(average, model, tau):
         slow.lerp_(weight, tau)
 
 
-def speed_up(args, *updates, act):
-    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
+def speed_up(args, device, *updates, act):
+    """Gradient steps, by the flags compiled, in bfloat16 or as CUDA graphs; and the policy."""
     if args.compile:
         updates = [torch.compile(update) for update in updates]
+    if args.bf16:  # without a cache of cast weights: an optimiser changes them inside an update
+        autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        updates = [autocast(update) for update in updates]
     if args.cuda_graph:
         from tensordict.nn import CudaGraphModule
 

@@ -54,6 +54,7 @@ class Args:
     torch_threads: int = 1  # CPU threads; one is fastest here
     compile: bool = False  # torch.compile the gradient step
     cuda_graph: bool = False  # replay gradient step and policy (CUDA)
+    bf16: bool = False  # gradient step's products in bfloat16
     track: bool = False  # also log to Weights & Biases
     eval_frequency: int = 10_000  # steps between evaluations; 0: at the end
     eval_episodes: int = 10  # episodes per evaluation
@@ -124,7 +125,8 @@ class Actor(nn.Module):
         """Mean and log standard deviation before squashing, both (batch, action_dim)."""
         x = F.relu(self.fc1(obs))
         x = F.relu(self.fc2(x))
-        return self.fc_mean(x), self.fc_log_std(x).clamp(LOG_STD_MIN, LOG_STD_MAX)
+        mean, log_std = self.fc_mean(x).to(obs.dtype), self.fc_log_std(x).to(obs.dtype)
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
     def sample(self, obs):
         """Reparameterised action (batch, action_dim) and its log-probability (batch,)."""
@@ -203,7 +205,7 @@ def main(args: Args):
         metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         return {name: value.detach() for name, value in metrics.items()}
 
-    update, act = speed_up(args, update, act=actor.sample)
+    update, act = speed_up(args, device, update, act=actor.sample)
 
     # TRY NOT TO MODIFY: start the game
     obs, metrics = run.reset(), {}
@@ -312,10 +314,19 @@ def set_up(args):
         fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    if args.bf16 and not has_bf16(devices[0]):
+        fail("--bf16 needs a processor or card with bfloat16 instructions: it is slow without")
     torch.set_num_threads(args.torch_threads)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)
     return torch.device(devices[0])
+
+
+def has_bf16(kind):
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    path = Path("/proc/cpuinfo")  # there it is avx512_bf16, amx_bf16 or, on ARM, bf16
+    return kind == "cpu" and path.exists() and "bf16" in path.read_text()
 
 
 def tracking_works():
@@ -442,10 +453,13 @@ def move_towards(average, model, tau):
         slow.lerp_(weight, tau)
 
 
-def speed_up(args, *updates, act):
-    """Gradient steps and policy; compiled (not the policy) or as CUDA graphs by the flags."""
+def speed_up(args, device, *updates, act):
+    """Gradient steps, by the flags compiled, in bfloat16 or as CUDA graphs; and the policy."""
     if args.compile:
         updates = [torch.compile(update) for update in updates]
+    if args.bf16:  # without a cache of cast weights: an optimiser changes them inside an update
+        autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        updates = [autocast(update) for update in updates]
     if args.cuda_graph:
         from tensordict.nn import CudaGraphModule
 

@@ -25,14 +25,14 @@ SHARED = {  # definitions, and methods, of the same text in both files
     latent_critic_loss latent_value temperature_loss""",
 }
 LINES = {  # above the frame, and whole
-    "sac_continuous.py": (250, 770),
-    "diffsac_continuous.py": (385, 905),
-    "wpo_continuous.py": (310, 815),
-    "diffwpo_continuous.py": (430, 950),
-    "ppo_continuous.py": (280, 800),
-    "diffppo_continuous.py": (370, 885),
-    "crossq_continuous.py": (340, 895),
-    "dime.py": (410, 960),
+    "sac_continuous.py": (255, 785),
+    "diffsac_continuous.py": (390, 920),
+    "wpo_continuous.py": (315, 830),
+    "diffwpo_continuous.py": (435, 965),
+    "ppo_continuous.py": (280, 815),
+    "diffppo_continuous.py": (370, 900),
+    "crossq_continuous.py": (345, 910),
+    "dime.py": (410, 975),
 }
 MOST_OF_MAIN = 100
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import dime
 import ppo_continuous
+import sac_continuous
 from tests.common import (
     CATEGORICAL,
     OFF_POLICY,
@@ -25,6 +27,8 @@ from tests.common import (
     equal,
     flatten,
     load,
+    make_actor,
+    make_args,
     run_dirs,
     run_script,
     scalars,
@@ -47,6 +51,11 @@ twins = pytest.mark.parametrize("script", TWINS, ids=lambda script: script.__nam
 off_policy = pytest.mark.parametrize("script", OFF_POLICY, ids=lambda script: script.__name__)
 categorical = pytest.mark.parametrize("script", CATEGORICAL, ids=lambda script: script.__name__)
 on_policy = pytest.mark.parametrize("script", ON_POLICY, ids=lambda script: script.__name__)
+
+
+needs_bf16 = pytest.mark.skipif(
+    not sac_continuous.has_bf16("cpu"), reason="needs bfloat16 instructions"
+)
 
 
 @pytest.fixture
@@ -187,6 +196,42 @@ def test_compiled_update_is_the_eager_one(script, small, monkeypatch, tmp_path):
     for name, value in first["actor"].items():
         torch.testing.assert_close(second["actor"][name], value)
     torch._dynamo.reset()
+
+
+@needs_bf16
+def test_bf16_changes_products_alone(script, small, monkeypatch, tmp_path):
+    """Weights stay float32 and near those without it; equal seeds stay equal to the bit."""
+    steps = 40 if script in ON_POLICY else 60
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", steps, *small]
+    for more in ([], ["--bf16"], ["--bf16"]):
+        assert run_script(monkeypatch, script, *flags, *more) == 0
+    runs = sorted(run_dirs(tmp_path), key=os.path.getmtime)
+    exact, first, second = (load(run_dir) for run_dir in runs)
+    assert equal(first, second)
+    for network in ("actor", "critic" if script in ON_POLICY else "qf"):
+        for name, value in first[network].items():
+            torch.testing.assert_close(value, exact[network][name], rtol=0, atol=0.02)
+        assert any(
+            not torch.equal(value, exact[network][name]) for name, value in first[network].items()
+        )
+
+
+@needs_bf16
+def test_bf16_leaves_what_comes_out_of_networks_in_float32(script):
+    actor, obs = make_actor(script), torch.randn(5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = list(actor.sample(obs))
+        if script in OFF_POLICY:
+            values.append(script.SoftQNetwork(3, 1, make_args(script))(obs, values[0]))
+    assert [value.dtype for value in values] == [torch.float32] * len(values)
+
+
+def test_bf16_is_refused_without_its_instructions(script, monkeypatch, tmp_path, capsys):
+    read_text = Path.read_text
+    flags = lambda path: "flags : sse avx2" if "cpuinfo" in str(path) else read_text(path)
+    monkeypatch.setattr(Path, "read_text", flags)
+    assert run_script(monkeypatch, script, "--bf16", "--device", "cpu") == 2
+    assert "--bf16 needs" in capsys.readouterr().err and not run_dirs(tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
