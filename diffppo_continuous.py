@@ -232,7 +232,7 @@ def make_rows(actor, critic, obs_rms, return_scaler, rollout, alpha, args):
     rewards = alpha * (log_n - log_q)  # DIFF: (8)
     rewards[:, -1] += rollout.rewards - alpha * end_cost
     return_scaler.update(rewards.sum(1), rollout.dones)
-    scale = return_scaler.scale()
+    scale = return_scaler.factor()
 
     values = critic(augment(obs, latents, k, steps))[..., 0]
     prior = actor.prior_std * torch.randn_like(latents[:, 0])
@@ -424,6 +424,8 @@ def set_up(args):
         fail("--cuda-graph needs minibatches of one size: --num-minibatches divides the rollout")
     if given.get("v_min", -1) >= given.get("v_max", 1):
         fail("--v-min must be smaller than --v-max")
+    if given.get("normalize_rewards") and not args.v_min < 0 < args.v_max:
+        fail("--normalize-rewards needs --v-min < 0 < --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
         fail("--buffer-size must not be smaller than --num-envs")
     devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
@@ -556,13 +558,15 @@ class RunningMeanStd(nn.Module):
         return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
 
 
-def descend(optimizer, loss, max_grad_norm=math.inf):
+def descend(optimizer, loss, max_grad_norm=math.inf, max_grad_value=math.inf):
     """One step of an optimiser; no other weights than its own get a gradient."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.zero_grad()
     loss.backward(inputs=weights)
     if max_grad_norm < math.inf:
         nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    if max_grad_value < math.inf:
+        nn.utils.clip_grad_value_(weights, max_grad_value)
     optimizer.step()
 
 
@@ -616,7 +620,7 @@ class Run:
             self.restore(load_checkpoint(args.resume))
         Run.exists, self.stop_signal, self.last_return = True, None, math.nan
         self.first_step, self.start_time, self.save_time = self.step, time.time(), time.time()
-        self.line_time = time.time() + 10
+        self.line_step, self.line_time = self.step, time.time()
         if args.track:
             import wandb
 
@@ -704,11 +708,13 @@ class Run:
             self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
             self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
             self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
-        if self.bar.disable and time.time() > self.line_time:  # no terminal
-            self.line_time, todo = time.time() + 60, self.args.total_timesteps - self.step
-            left = tqdm.format_interval(todo / self.speed())
+        wait = 60 if self.line_step > self.first_step else 10
+        if self.bar.disable and time.time() > self.line_time + wait:  # no terminal
+            speed = (self.step - self.line_step) / (time.time() - self.line_time)
+            left = tqdm.format_interval((self.args.total_timesteps - self.step) / speed)
             line = f"step {self.step}: return {self.last_return:.1f}"
-            self.say(f"{line}, {self.speed():.0f} steps/s, {left} left")
+            self.say(f"{line}, {speed:.0f} steps/s, {left} left")
+            self.line_step, self.line_time = self.step, time.time()
         self.bar.update(self.args.num_envs)
 
     def speed(self):
@@ -789,8 +795,10 @@ class Run:
 
     def restore(self, checkpoint):
         """Load all parts; optimisers keep the learning rates of the flags."""
-        if checkpoint["args"].env_id != self.args.env_id:
-            fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        for name in ("env_id", "v_min", "v_max", "num_atoms", "normalize_rewards"):
+            old = getattr(checkpoint["args"], name, None)
+            if old != getattr(self.args, name, None):
+                fail(f"the checkpoint has --{name.replace('_', '-')} {old}: it cannot be changed")
         if "temperature" in checkpoint and getattr(self.args, "autotune", False):
             if checkpoint["temperature"]["log_alpha"].exp() == 0:
                 fail("the checkpoint has temperature 0, which --autotune cannot change")
@@ -861,9 +869,9 @@ class Rollout(NamedTuple):
 
 
 class ReturnScaler(nn.Module):
-    """Running scale of the discounted sums of past rewards.
+    """Divides rewards by max(std, largest / bound) of the discounted sums of past rewards.
 
-    Their standard deviation, or what keeps the largest of them within +-bound (FlashSAC).
+    The second keeps all sums within +-bound, the support of a critic, as in FlashSAC.
     """
 
     def __init__(self, num_envs, gamma, bound=math.inf):
@@ -882,8 +890,8 @@ class ReturnScaler(nn.Module):
         self.rms.update(torch.cat(seen)[:, None])
         self.largest.copy_(torch.maximum(self.largest, torch.cat(seen).abs().amax()))
 
-    def scale(self):
-        """The factor for rewards, and for all that is in their units."""
+    def factor(self):
+        """What rewards are multiplied by, and all that is in their units."""
         return torch.minimum((self.rms.var + 1e-8).rsqrt(), self.bound / self.largest)
 
 

@@ -1,19 +1,19 @@
 """DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316).
 
-CrossQ with a diffusion policy; only the actor changes. The policy is a chain of K steps with a
-network f from a^K ~ N(0, nu^2 I) to a = tanh(a^0); eta_k = eta b_k / kappa, b_k a cosine, the
-others learned:
+CrossQ with a diffusion policy; only the actor changes. It is a chain of K steps with a network f
+from a^K ~ N(0, nu^2 I) to a = tanh(a^0). The step sizes eta_k = eta b_k / kappa fall as b_k does, a
+squared cosine; eta and kappa (for each dimension) are learned. In N(mean, variance):
 
     denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )   (5)
     noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                    (6)
     log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|             (7)
 
 L takes the place of log pi(a|s), whose value is unknown: in the mean it is an upper bound of it.
-With L' that of a' at s', gradients of (3) through the whole chain:
+L' is that of a' at s'. The gradient of (3) passes through all K steps.
 
-    target       the mixture of both Z_j(s', a'), with its values moved, projected on the atoms, to
-                 r + gamma (1 - terminated) (z_i - alpha L')                                     (1)
-    critic       E[ sum_j cross-entropy of Z_j(s, a) to (1), minus 0.005 times its entropy ]     (2)
+    target       (Z_1 + Z_2)(s', a') / 2 with each atom z_i moved to
+                 r + gamma (1 - terminated) (z_i - alpha L'), projected on the atoms             (1)
+    critic       E[ sum_j cross-entropy of Z_j(s, a) to (1) - 0.005 entropy of Z_j(s, a) ]       (2)
     actor        E[ alpha L - mean_j E[ Z_j(s, a_new) ] ]                                        (3)
     temperature  -E[ alpha (L + target entropy) ]                                                (4)
 
@@ -89,9 +89,9 @@ class Args:
     autotune: bool = True  # tune alpha towards the target entropy
     alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
     alpha_lr: float = 1e-3  # learning rate of the temperature
-    target_entropy: float | None = None  # nats, actions in [-1, 1]; see docs
+    target_entropy: float | None = None  # nats, actions in [-1, 1]; -1.665 dim(A)
     normalize_obs: bool = False  # observations by running mean and std
-    normalize_rewards: bool = True  # by the scale of past returns
+    normalize_rewards: bool = True  # divided by the scale of past returns
 
     # diffusion policy
     diffusion_steps: int = 16  # denoising steps K
@@ -100,13 +100,13 @@ class Args:
 
 # ALGO LOGIC: networks and losses
 def lecun_normal(weight, fan_in):
-    """Truncated normal values of variance 1 / fan_in, in place."""
+    """Truncated normal values of variance 1 / fan_in, in place: the authors' initial weights."""
     std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations takes this factor away
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275); plain in the first `warmup` batches."""
+    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275); r = 1, d = 0 in `warmup` batches."""
 
     def __init__(self, features, momentum=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
         super().__init__()
@@ -119,7 +119,10 @@ class BatchRenorm(nn.Module):
         self.r_max, self.d_max = r_max, d_max
 
     def forward(self, x, train):
-        """Normalise x (2, batch, features) by running statistics; `train`: by the batch's."""
+        """Normalise x (2, batch, features) by the running mean and variance.
+
+        `train`: by the batch's, with a correction r, d towards the running ones, which move.
+        """
         running_std = (self.var + self.eps).sqrt()
         if not train:
             return torch.addcmul(self.bias, x - self.mean, self.weight / running_std)
@@ -162,7 +165,8 @@ class SoftQNetwork(nn.Module):
 
     def expected(self, logits):
         """Expected values (2, batch) of logits; a scalar critic's only output is its value."""
-        return logits.squeeze(-1) if len(self.atoms) == 1 else logits.softmax(-1) @ self.atoms
+        scalar = len(self.atoms) == 1
+        return logits.squeeze(-1) if scalar else (logits.softmax(-1) * self.atoms).sum(-1)
 
     def value(self, obs, actions):
         """Q-values (batch,): the twins' mean; of scalar critics the smaller, as in SAC."""
@@ -251,7 +255,7 @@ class Actor(nn.Module):
         prior = -0.5 * (latents[-1] / self.prior_std).square() - 0.5 * math.log(2 * math.pi)
         log_prior = (prior - math.log(self.prior_std)).sum(-1)
         action, log_det = squash(latents[0])
-        return action, log_prior + log_ratio - log_det  # DIFF: (7)
+        return action, log_prior + log_ratio - log_det  # DIFF: (6), (7)
 
     def mean_action(self, obs):
         """Action (batch, action_dim) without noise."""
@@ -260,19 +264,20 @@ class Actor(nn.Module):
 
 def project(probs, values, atoms):
     """Project probs at values (batch, num_atoms) onto the atoms (C51); outside: the end atoms."""
-    position = (values.clamp(atoms[0], atoms[-1]) - atoms[0]) / (atoms[1] - atoms[0])
-    lower = position.nan_to_num().floor().clamp(0, len(atoms) - 2)  # `share` keeps not-a-number
+    last = len(atoms) - 1
+    position = (values.clamp(atoms[0], atoms[-1]) - atoms[0]) * (last / (atoms[-1] - atoms[0]))
+    lower = position.nan_to_num().floor().clamp(0, last - 1)  # `share` keeps not-a-number
     share = position - lower
     projected = torch.zeros_like(probs).scatter_add_(1, lower.long(), probs * (1 - share))
     return projected.scatter_add_(1, lower.long() + 1, probs * share)
 
 
 def critic_loss(qf, batch, next_actions, next_cost, args):
-    """Loss (2), summed over the twins; Q-values (2, batch); share (batch,) of (1) outside.
+    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) of (1) off the support.
 
     next_cost (batch,) is alpha times the log-probability of next_actions.
     """
-    # one pass for (s, a) and (s', a'): both halves share the batch's statistics
+    # in one pass: the statistics have to be those of replayed and of fresh actions
     obs, actions = torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions))
     logits, next_logits = qf(obs, actions, train=True).chunk(2, dim=1)
     q, discounts = qf.expected(logits), args.gamma * (1 - batch.terminations)
@@ -284,7 +289,7 @@ def critic_loss(qf, batch, next_actions, next_cost, args):
     with torch.no_grad():
         next_probs = next_logits.softmax(-1).mean(0)
         values = batch.rewards[:, None] + discounts[:, None] * (qf.atoms - next_cost[:, None])
-        target_probs = project(next_probs, values, qf.atoms)
+        target_probs = project(next_probs, values, qf.atoms)  # DIFF: (1)
         outside = (values < qf.atoms[0]) | (values > qf.atoms[-1])
         clipped = (next_probs * outside).sum(-1)
     log_probs = logits.log_softmax(-1)
@@ -308,7 +313,7 @@ def main(args: Args):
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     prior_entropy = 0.5 * action_dim * math.log(2 * math.pi * math.e * args.prior_std**2)
-    default = prior_entropy - 4 * action_dim  # all of L but the prior is 4 for each dimension
+    default = prior_entropy - 4 * action_dim  # L without the prior: 4 for each dimension
     target_entropy = default if args.target_entropy is None else args.target_entropy
 
     actor = Actor(obs_dim, action_dim, args).to(device)
@@ -316,7 +321,8 @@ def main(args: Args):
     log_alpha = torch.tensor(args.alpha).log().clamp(min=-1e9)
     temperature = nn.ParameterDict({"log_alpha": log_alpha}).to(device)
     obs_rms = RunningMeanStd(obs_dim, args.normalize_obs).to(device)
-    return_scaler = ReturnScaler(args.num_envs, args.gamma, bound=args.v_max).to(device)
+    bound = 0.8 * min(-args.v_min, args.v_max) if args.num_atoms > 1 else math.inf
+    return_scaler = ReturnScaler(args.num_envs, args.gamma, bound).to(device)
     adam = partial(torch.optim.Adam, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters(), lr=args.policy_lr, betas=(0.5, 0.999))
     q_optimizer = adam(qf.parameters(), lr=args.q_lr, betas=(0.5, 0.999))
@@ -326,21 +332,18 @@ def main(args: Args):
     parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
     parts |= dict(alpha_optimizer=alpha_optimizer, return_scaler=return_scaler, buffer=buffer)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
-    if not qf.atoms.cpu().allclose(torch.linspace(args.v_min, args.v_max, args.num_atoms)):
-        support = qf.atoms[0].item(), qf.atoms[-1].item()
-        fail(f"the checkpoint's critics have the support {support}: it cannot be changed")
 
     def update(batch):
         """One gradient step of the critics; returns metrics."""
         batch = batch._replace(obs=obs_rms(batch.obs), next_obs=obs_rms(batch.next_obs))
         if args.normalize_rewards:
-            batch = batch._replace(rewards=batch.rewards * return_scaler.scale())
+            batch = batch._replace(rewards=batch.rewards * return_scaler.factor())
         alpha = temperature.log_alpha.detach().exp()
         with torch.no_grad():
             next_actions, next_log_prob = actor.sample(batch.next_obs)
-        loss, q, clipped = critic_loss(qf, batch, next_actions, alpha * next_log_prob, args)
-        descend(q_optimizer, loss)
-        metrics = {"losses/critic_loss": loss, "losses/qf_values": q}
+        q_loss, q, clipped = critic_loss(qf, batch, next_actions, alpha * next_log_prob, args)
+        descend(q_optimizer, q_loss)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
         metrics |= {"losses/clipped_targets": clipped}
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -348,10 +351,7 @@ def main(args: Args):
         """One gradient step of the actor and the temperature; returns metrics."""
         alpha = temperature.log_alpha.detach().exp()
         pi_loss, log_prob = actor_loss(actor, qf, obs_rms(batch.obs), alpha)
-        actor_optimizer.zero_grad()
-        pi_loss.backward(inputs=list(actor.parameters()))
-        nn.utils.clip_grad_value_(actor.parameters(), 1.0)
-        actor_optimizer.step()
+        descend(actor_optimizer, pi_loss, max_grad_value=1.0)
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
@@ -397,7 +397,7 @@ def main(args: Args):
         if metrics and run.due(100):
             run.log(metrics)
             if metrics["losses/clipped_targets"].mean() > 0.01:  # shown once
-                text = "over 1 % of the targets lie outside [--v-min, --v-max]: widen it"
+                text = "over 1 % of the targets are outside --v-min, --v-max: widen them"
                 warnings.warn(text, stacklevel=1)
         if run.due(args.eval_frequency) or run.step >= args.total_timesteps:
             run.evaluate(actor, obs_rms)
@@ -469,6 +469,8 @@ def set_up(args):
         fail("--cuda-graph needs minibatches of one size: --num-minibatches divides the rollout")
     if given.get("v_min", -1) >= given.get("v_max", 1):
         fail("--v-min must be smaller than --v-max")
+    if given.get("normalize_rewards") and not args.v_min < 0 < args.v_max:
+        fail("--normalize-rewards needs --v-min < 0 < --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
         fail("--buffer-size must not be smaller than --num-envs")
     devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
@@ -601,13 +603,15 @@ class RunningMeanStd(nn.Module):
         return ((x - self.mean) / (self.var + self.EPSILON).sqrt()).clamp(-self.CLIP, self.CLIP)
 
 
-def descend(optimizer, loss, max_grad_norm=math.inf):
+def descend(optimizer, loss, max_grad_norm=math.inf, max_grad_value=math.inf):
     """One step of an optimiser; no other weights than its own get a gradient."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.zero_grad()
     loss.backward(inputs=weights)
     if max_grad_norm < math.inf:
         nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    if max_grad_value < math.inf:
+        nn.utils.clip_grad_value_(weights, max_grad_value)
     optimizer.step()
 
 
@@ -661,7 +665,7 @@ class Run:
             self.restore(load_checkpoint(args.resume))
         Run.exists, self.stop_signal, self.last_return = True, None, math.nan
         self.first_step, self.start_time, self.save_time = self.step, time.time(), time.time()
-        self.line_time = time.time() + 10
+        self.line_step, self.line_time = self.step, time.time()
         if args.track:
             import wandb
 
@@ -749,11 +753,13 @@ class Run:
             self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
             self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
             self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
-        if self.bar.disable and time.time() > self.line_time:  # no terminal
-            self.line_time, todo = time.time() + 60, self.args.total_timesteps - self.step
-            left = tqdm.format_interval(todo / self.speed())
+        wait = 60 if self.line_step > self.first_step else 10
+        if self.bar.disable and time.time() > self.line_time + wait:  # no terminal
+            speed = (self.step - self.line_step) / (time.time() - self.line_time)
+            left = tqdm.format_interval((self.args.total_timesteps - self.step) / speed)
             line = f"step {self.step}: return {self.last_return:.1f}"
-            self.say(f"{line}, {self.speed():.0f} steps/s, {left} left")
+            self.say(f"{line}, {speed:.0f} steps/s, {left} left")
+            self.line_step, self.line_time = self.step, time.time()
         self.bar.update(self.args.num_envs)
 
     def speed(self):
@@ -834,8 +840,10 @@ class Run:
 
     def restore(self, checkpoint):
         """Load all parts; optimisers keep the learning rates of the flags."""
-        if checkpoint["args"].env_id != self.args.env_id:
-            fail(f"the checkpoint is of {checkpoint['args'].env_id}, not of {self.args.env_id}")
+        for name in ("env_id", "v_min", "v_max", "num_atoms", "normalize_rewards"):
+            old = getattr(checkpoint["args"], name, None)
+            if old != getattr(self.args, name, None):
+                fail(f"the checkpoint has --{name.replace('_', '-')} {old}: it cannot be changed")
         if "temperature" in checkpoint and getattr(self.args, "autotune", False):
             if checkpoint["temperature"]["log_alpha"].exp() == 0:
                 fail("the checkpoint has temperature 0, which --autotune cannot change")
@@ -940,9 +948,9 @@ class ReplayBuffer:
 
 
 class ReturnScaler(nn.Module):
-    """Running scale of the discounted sums of past rewards.
+    """Divides rewards by max(std, largest / bound) of the discounted sums of past rewards.
 
-    Their standard deviation, or what keeps the largest of them within +-bound (FlashSAC).
+    The second keeps all sums within +-bound, the support of a critic, as in FlashSAC.
     """
 
     def __init__(self, num_envs, gamma, bound=math.inf):
@@ -961,8 +969,8 @@ class ReturnScaler(nn.Module):
         self.rms.update(torch.cat(seen)[:, None])
         self.largest.copy_(torch.maximum(self.largest, torch.cat(seen).abs().amax()))
 
-    def scale(self):
-        """The factor for rewards, and for all that is in their units."""
+    def factor(self):
+        """What rewards are multiplied by, and all that is in their units."""
         return torch.minimum((self.rms.var + 1e-8).rsqrt(), self.bound / self.largest)
 
 

@@ -222,14 +222,14 @@ def test_critics_learn_known_values(num_atoms):
 def test_scale_of_returns():
     """By hand: sums of two environments over an end, their deviation, and the largest of them."""
     scaler = crossq.ReturnScaler(2, gamma=0.5, bound=5.0)
-    assert scaler.scale() == pytest.approx(1)
+    assert scaler.factor() == pytest.approx(1)
     scaler.update(torch.tensor([[1.0, 0.0], [2.0, -4.0]]), torch.tensor([[0.0, 0], [1, 0]]))
     scaler.update(torch.tensor([[8.0, 1.0]]), torch.zeros(1, 2))
     sums = [1.0, 0.0, 2.5, -4.0, 8.0, -1.0]
-    assert scaler.largest == 8 and scaler.scale() == pytest.approx(1 / np.std(sums), rel=1e-6)
+    assert scaler.largest == 8 and scaler.factor() == pytest.approx(1 / np.std(sums), rel=1e-6)
     tight = crossq.ReturnScaler(2, gamma=0.5, bound=1.0)
     tight.load_state_dict(scaler.state_dict())
-    assert tight.scale() == pytest.approx(1 / 8)
+    assert tight.factor() == pytest.approx(1 / 8)
     constant = crossq.ReturnScaler(1, gamma=0.0, bound=5.0)  # no deviation at all
     constant.update(torch.full((50, 1), -300.0), torch.zeros(50, 1))
-    assert constant.scale() == pytest.approx(5 / 300)
+    assert constant.factor() == pytest.approx(5 / 300)

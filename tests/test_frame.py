@@ -406,7 +406,7 @@ def test_temperature_target_and_moving_averages(script, monkeypatch, tmp_path):
 def test_actions_come_from_the_policy_after_the_random_ones(script, monkeypatch, tmp_path):
     fixed = lambda self, obs: (torch.full((len(obs), 1), 0.125), torch.zeros(len(obs)))  # noqa: E731
     monkeypatch.setattr(script.Actor, "sample", fixed)
-    monkeypatch.setattr(script, "descend", lambda *_: None)
+    monkeypatch.setattr(script, "descend", lambda *_, **__: None)
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: None)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_value_", lambda *_: None)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: None)
@@ -674,6 +674,21 @@ def test_plain_lines_without_a_terminal(monkeypatch, tmp_path, capsys):
     lines = [line for line in words(capsys)[0].splitlines() if "steps/s" in line]
     assert 3 < len(lines) < 30
     assert re.fullmatch(r"step \d+: return -?\d+\.\d, \d+ steps/s, \d\d:\d\d left", lines[-1])
+
+
+def test_time_left_follows_the_recent_speed(monkeypatch, tmp_path, capsys):
+    """Not the mean since the start, when actions were random and nothing was learnt."""
+    now, sample = [1000.0], sac.ReplayBuffer.sample
+    monkeypatch.setattr(sac.time, "time", lambda: now.__setitem__(0, now[0] + 0.001) or now[0])
+    slow = lambda *args: now.__setitem__(0, now[0] + 10) or sample(*args)
+    monkeypatch.setattr(sac.ReplayBuffer, "sample", slow)
+    flags = SIZES | {"learning_starts": 400, "checkpoint_frequency": 0}
+    sac.main(sac.Args(env_id="Pendulum-v1", total_timesteps=460, **flags))
+    found = re.findall(r"^step (\d+): .* (\d+):(\d\d) left$", words(capsys)[0], re.M)
+    assert len(found) > 5
+    for step, minutes, seconds in found[2:]:
+        left = 60 * int(minutes) + int(seconds)
+        assert left == pytest.approx(10 * (460 - int(step)), rel=0.05, abs=2)
 
 
 def test_a_bar_on_a_terminal_and_none_elsewhere(tmp_path):

@@ -31,8 +31,8 @@ LINES = {  # above the frame, and whole
     "diffwpo_continuous.py": (435, 965),
     "ppo_continuous.py": (280, 815),
     "diffppo_continuous.py": (370, 900),
-    "crossq_continuous.py": (345, 910),
-    "dime.py": (410, 975),
+    "crossq_continuous.py": (345, 920),
+    "dime.py": (410, 980),
 }
 MOST_OF_MAIN = 100
 

@@ -48,7 +48,7 @@ def random_rollout(script, args, steps=12, envs=3):
 
 
 def make_rows(script, networks, rollout, args, scale=1.0):
-    scaler = SimpleNamespace(update=lambda *_: None, scale=lambda: torch.tensor([scale]))
+    scaler = SimpleNamespace(update=lambda *_: None, factor=lambda: torch.tensor([scale]))
     return script.make_rows(*networks, scaler, rollout, args.alpha, args)[0]
 
 
@@ -351,7 +351,7 @@ def test_return_scaler(script):
         sums.append(current)
         current = current * (1 - done)
     variance = torch.stack(sums).var(correction=0)
-    torch.testing.assert_close(scaler.scale()[0], 1 / variance.sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scaler.factor()[0], 1 / variance.sqrt(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("script", ON_POLICY)

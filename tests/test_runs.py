@@ -265,7 +265,8 @@ def test_critics_learn_on_every_gradient_step_and_the_actor_on_every_third(
     after = load(run_dir)
     assert after["actor_optimizer"]["state"][0]["step"] == 2 * 90 // 3
     assert after["qf"]["norms.0.batches"] == 2 * 90
-    assert run_script(monkeypatch, script, *resume, "--v-max", 9) == 2  # the logits are the atoms'
+    for flags in (["--v-max", 9], ["--num-atoms", 11], ["--no-normalize-rewards"]):
+        assert run_script(monkeypatch, script, *resume, *flags) == 2  # the critics' units
 
 
 @pytest.mark.parametrize("num_atoms", [11, 1])
@@ -656,7 +657,11 @@ BAD_DIFFUSION = {
 }
 BAD_WASSERSTEIN = {"no sample": "--action-samples 0", "negative weight": "--kl-weight-std -0.1"}
 BAD_STEPWISE = {"no trust region": "--kl-bound 0"}
-BAD_CATEGORICAL = {"no support": "--v-min 5 --v-max 5", "no atom": "--num-atoms 0"}
+BAD_CATEGORICAL = {
+    "no support": "--v-min 5 --v-max 5",
+    "support of one sign": "--v-min -10 --v-max 0",
+    "no atom": "--num-atoms 0",
+}
 BAD_DIME = {"no denoising step": "--diffusion-steps 0", "no prior": "--prior-std 0"}
 
 
