@@ -84,7 +84,7 @@ class Args:
     alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
     alpha_lr: float = 1e-3  # learning rate of the temperature
     target_entropy: float | None = None  # nats, actions in [-1, 1]; -dim(A)
-    normalize_obs: bool = False  # observations by running mean and std
+    normalize_obs: bool = True  # observations by running mean and std
     normalize_rewards: bool = True  # divided by the scale of past returns
 
 

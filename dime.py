@@ -78,7 +78,7 @@ class Args:
     utd: float = 2.0  # gradient steps per environment step
     policy_delay: int = 3  # critics' gradient steps for one of the actor
     critic_dim: int = 256  # width of the critics' two hidden layers
-    hidden_dim: int = 256  # width of the actor's hidden layers
+    hidden_dim: int = 128  # width of the actor's hidden layers
     num_atoms: int = 101  # atoms of the critics' distributions; 1: scalar
     v_min: float = -5.0  # first atom
     v_max: float = 5.0  # last atom
@@ -90,11 +90,11 @@ class Args:
     alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
     alpha_lr: float = 1e-3  # learning rate of the temperature
     target_entropy: float | None = None  # nats, actions in [-1, 1]; -1.665 dim(A)
-    normalize_obs: bool = False  # observations by running mean and std
+    normalize_obs: bool = True  # observations by running mean and std
     normalize_rewards: bool = True  # divided by the scale of past returns
 
     # diffusion policy
-    diffusion_steps: int = 16  # denoising steps K
+    diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 2.5  # standard deviation nu of the prior
 
 

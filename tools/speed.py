@@ -12,13 +12,16 @@ Two editions of a script, the older one from another checkout:
 
 Each contender runs in a process and folder of its own, with one thread and without evaluation:
 A B C A B C, so that a drift of the machine hits all alike. The clock runs over the second half of
-the steps. Prints a table with ratios to the first contender in the same round.
+the steps. Prints a table with ratios to the first contender in the same round. `--copies 8` runs
+each contender eight times at once, one a core, and adds their speeds.
 """
 
 import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +33,7 @@ LIBRARY = """
 import sys, time, gymnasium as gym, torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
-library, algorithm, env_id, steps = *sys.argv[1:4], int(sys.argv[4])
+library, algorithm, env_id, device, steps = *sys.argv[1:5], int(sys.argv[5])
 model_class = getattr(__import__(library), algorithm.upper())
 torch.set_num_threads(1)
 
@@ -40,7 +43,7 @@ class Clock(BaseCallback):
             self.start = self.num_timesteps, time.time()
         return True
 
-options = {"device": "cpu"} if library == "stable_baselines3" else {}
+options = {"device": device} if library == "stable_baselines3" else {}
 if algorithm == "ppo":
     envs = DummyVecEnv([lambda: gym.make(env_id)] * 8)
     options |= {"n_steps": 256, "batch_size": 64, "n_epochs": 10}
@@ -52,11 +55,12 @@ print((model.num_timesteps - clock.start[0]) / (time.time() - clock.start[1]))
 """
 
 
-def call(command, folder):
-    """Run a command in `folder` on one core; its output."""
+def call(command, folder, core):
+    """Run a command in `folder` on a core, counted from the last; its output."""
     threads = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
     affinity = getattr(os, "sched_setaffinity", None)
-    pin = (lambda: affinity(0, {max(os.sched_getaffinity(0))})) if affinity else None
+    cores = sorted(os.sched_getaffinity(0)) if affinity else []
+    pin = (lambda: affinity(0, {cores[-1 - core % len(cores)]})) if affinity else None
     environ = os.environ | threads
     options = {"cwd": folder, "env": environ, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, *command], preexec_fn=pin, **options)
@@ -66,19 +70,19 @@ def call(command, folder):
     return done.stdout
 
 
-def measure(contender, env_id, steps):
+def measure(contender, env_id, steps, device, core=0):
     """Steps per second of one run of a contender."""
     with tempfile.TemporaryDirectory() as folder:
         if contender.startswith(("sb3:", "sbx:")):
             library = {"sb3": "stable_baselines3", "sbx": "sbx"}[contender[:3]]
-            command = ["-c", LIBRARY, library, contender[4:], env_id, str(steps)]
-            return float(call(command, folder).splitlines()[-1])
+            command = ["-c", LIBRARY, library, contender[4:], env_id, device, str(steps)]
+            return float(call(command, folder, core).splitlines()[-1])
         script, *flags = contender.split()
         script = Path(script) if Path(script).exists() else ROOT / script
         flags += ["--env-id", env_id, "--total-timesteps", str(steps), "--eval-episodes", "1"]
-        flags += ["--eval-frequency", "0", "--checkpoint-frequency", "0"]
+        flags += ["--eval-frequency", "0", "--checkpoint-frequency", "0", "--device", device]
         flags += [] if "ppo" in script.name else ["--learning-starts", "500"]
-        call([str(script.resolve()), *flags], folder)
+        call([str(script.resolve()), *flags], folder, core)
         (run,) = Path(folder, "runs").iterdir()
         events = EventAccumulator(str(run), size_guidance={"scalars": 0})
         events.Reload()
@@ -95,18 +99,23 @@ def main(
     env_id: str = "HalfCheetah-v4",
     steps: int = 4000,
     rounds: int = 3,
+    copies: int = 1,
+    device: str = "cpu",
     to: Path | None = None,
 ) -> None:
     """Measure all contenders in turns; `to` keeps the rounds as csv."""
     rows = []
     for i in range(1, rounds + 1):
         for contender in contenders:
-            rows.append((env_id, contender, i, measure(contender, env_id, steps)))
+            with ThreadPoolExecutor(copies) as pool:
+                one = partial(measure, contender, env_id, steps, device)
+                rows.append((env_id, contender, i, sum(pool.map(one, range(copies)))))
             print(f"round {i}: {contender}: {rows[-1][-1]:.1f} steps/s", file=sys.stderr)
     rows = pd.DataFrame(rows, columns=["env_id", "contender", "round", "steps_per_s"])
     speeds = rows.pivot(index="round", columns="contender", values="steps_per_s")[list(contenders)]
     ratios = speeds.div(speeds[contenders[0]], axis=0)
-    print(f"| {env_id}, {rounds} rounds | steps/s, median | ratio, median | ratios |")
+    what = f"{env_id}, {device}, rounds: {rounds}" + (f", at once: {copies}" if copies > 1 else "")
+    print(f"| {what} | steps/s, median | ratio, median | ratios |")
     print("|---|---|---|---|")
     for name in contenders:
         each = ", ".join(f"{ratio:.2f}" for ratio in ratios[name])

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Ten minutes on a machine with a CUDA card: tests, steps per second, eight seeds at once.
+#
+#   tools/gpu_check.sh [FOLDER]                  csv files and a table, in gpu_check/ by default
+#   DEVICE=cpu STEPS=800 tools/gpu_check.sh      a dry run without a card, small sizes
+#
+# stable-baselines3 is measured too where it is installed.
+set -euo pipefail
+out=$(realpath -m "${1:-gpu_check}")
+cd "$(dirname "$0")/.."
+device=${DEVICE:-cuda} steps=${STEPS:-4000} copies=${COPIES:-8} env_id=${ENV_ID:-Humanoid-v4}
+mkdir -p "$out"
+{
+    python --version
+    python -c "import torch; print('torch', torch.__version__)"
+    nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || echo "no CUDA card"
+} 2>&1 | tee "$out/versions.txt"
+
+paper="--critic-dim 2048 --hidden-dim 256 --diffusion-steps 16 --utd 2"
+[ "$device" = cuda ] || paper="--critic-dim 64 --diffusion-steps 2"
+contenders=(
+    sac_continuous.py
+    "diffsac_continuous.py --diffusion-steps 8"
+    "diffsac_continuous.py --diffusion-steps 8 --actor-gradient chain"
+    "dime.py $paper"
+)
+speeds=()
+for contender in "${contenders[@]}"; do
+    speeds+=("$contender")
+    if [ "$device" = cuda ]; then
+        speeds+=("$contender --cuda-graph" "$contender --cuda-graph --bf16")
+    fi
+done
+[ "$device" = cuda ] && speeds+=("sac_continuous.py --compile")
+python -c "import stable_baselines3" 2> /dev/null && speeds+=(sb3:sac)
+
+speed() { python tools/speed.py --env-id "$env_id" --device "$device" --rounds 1 "$@"; }
+[ "$device" = cuda ] && python -m pytest -q tests/test_runs.py -k captured | tee "$out/tests.txt"
+{
+    speed --steps "$steps" --to "$out/speed.csv" --contenders "${speeds[@]}"
+    speed --steps $((12 * steps)) --to "$out/speed_ppo.csv" --contenders ppo_continuous.py
+    graph=$([ "$device" = cuda ] && echo --cuda-graph || true)
+    speed --steps "$steps" --copies "$copies" --to "$out/speed_at_once.csv" \
+        --contenders "diffsac_continuous.py --diffusion-steps 8${graph:+ $graph}"
+} | tee "$out/speed.md"
