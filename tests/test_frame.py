@@ -676,6 +676,19 @@ def test_plain_lines_without_a_terminal(monkeypatch, tmp_path, capsys):
     assert re.fullmatch(r"step \d+: return -?\d+\.\d, \d+ steps/s, \d\d:\d\d left", lines[-1])
 
 
+def test_products_of_wide_networks_stay_float32(monkeypatch):
+    """With oneDNN's kernels too: the errors are those of float32, not of bfloat16 (0.2)."""
+    x, y = torch.randn(256, 256), torch.randn(256, 256)
+    exact = x.double() @ y.double()
+    for hidden_dim, precision in ((256, ("bf16", "none")), (64, ("none",))):
+        sac.set_up(sac.Args(hidden_dim=hidden_dim, device="cpu"))
+        assert torch.backends.mkldnn.matmul.fp32_precision in precision
+        torch.testing.assert_close((x @ y).double(), exact, rtol=0, atol=2e-4)
+    monkeypatch.setattr(sac, "instruction_sets", lambda: "flags : avx512f amx_bf16")
+    sac.set_up(sac.Args(device="cpu"))
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # it would be bfloat16
+
+
 def test_time_left_follows_the_recent_speed(monkeypatch, tmp_path, capsys):
     """Not the mean since the start, when actions were random and nothing was learnt."""
     now, sample = [1000.0], sac.ReplayBuffer.sample
