@@ -2,8 +2,10 @@
 # ./benchmark.sh SUITE [options of tools/benchmark.py], from the folder of the repository:
 #
 #   ./benchmark.sh quick                                       all scripts on Pendulum-v1, three seeds
-#   ./benchmark.sh mujoco --workers 8                          each diffusion script against its twin
-#   ./benchmark.sh mujoco --slurm --slurm-args "--time=24:00:00 --partition=gpu --gres=gpu:1"
+#   ./benchmark.sh humanoid --workers 8                        off-policy scripts on Humanoid-v4
+#   ./benchmark.sh humanoid-on-policy --workers 8              PPO and DiffPPO on it
+#   ./benchmark.sh mujoco                                      each diffusion script against its twin, four tasks
+#   ./benchmark.sh humanoid --slurm --slurm-args "--time=24:00:00 --partition=gpu --gres=gpu:1"
 #   ./benchmark.sh diffusion-steps                             K = 1 ... 16 on Humanoid-v4
 #   ./benchmark.sh toy                                         the environments with a known optimum
 #
@@ -32,16 +34,33 @@ quick)
         "ppo_continuous.py $on" \
         "diffppo_continuous.py $on --diffusion-steps 4"
     ;;
-mujoco)
-    tasks="--env-id {Humanoid-v4,HalfCheetah-v4,Ant-v4,Walker2d-v4,Hopper-v4} --total-timesteps 1000000"
+humanoid)
+    # off-policy, about 5 core-hours a seed
+    task="--env-id Humanoid-v4"
     run --seeds 1 2 3 4 "$@" --commands \
-        "{sac_continuous.py,wpo_continuous.py,ppo_continuous.py} $tasks" \
-        "{diffsac_continuous.py,diffwpo_continuous.py,diffppo_continuous.py} $tasks --diffusion-steps 8" \
-        "{crossq_continuous.py,dime.py} $tasks"
+        "{crossq_continuous.py,dime.py} $task --total-timesteps 100000" \
+        "{sac_continuous.py,diffsac_continuous.py} $task --total-timesteps 200000" \
+        "{wpo_continuous.py,diffwpo_continuous.py} $task --total-timesteps 100000"
+    ;;
+humanoid-on-policy)
+    # about 2 core-hours a seed
+    task="--env-id Humanoid-v4 --total-timesteps 1000000 --eval-frequency 50000"
+    run --seeds 1 2 3 4 "$@" --commands "{ppo_continuous.py,diffppo_continuous.py --diffusion-steps 8} $task"
     ;;
 diffusion-steps)
-    task="--env-id Humanoid-v4 --total-timesteps 1000000 --diffusion-steps {1,2,4,8,16}"
-    run --seeds 1 2 3 4 "$@" --commands "{diffsac_continuous.py,diffwpo_continuous.py,diffppo_continuous.py} $task"
+    # about 6 core-hours a seed
+    task="--env-id Humanoid-v4 --diffusion-steps {1,2,4,8,16}"
+    run --seeds 1 2 3 "$@" --commands \
+        "diffppo_continuous.py $task --total-timesteps 500000 --eval-frequency 50000" \
+        "diffsac_continuous.py $task --total-timesteps 100000"
+    ;;
+mujoco)
+    # about 9 core-hours a seed
+    tasks="--env-id {HalfCheetah-v4,Ant-v4,Walker2d-v4,Hopper-v4}"
+    run --seeds 1 2 3 4 "$@" --commands \
+        "{sac_continuous.py,wpo_continuous.py,crossq_continuous.py} $tasks --total-timesteps 100000" \
+        "{diffsac_continuous.py,diffwpo_continuous.py,dime.py} $tasks --total-timesteps 100000" \
+        "{ppo_continuous.py,diffppo_continuous.py --diffusion-steps 4} $tasks --total-timesteps 1000000 --eval-frequency 50000"
     ;;
 toy)
     # the optimum is the same for every discount factor; a small one keeps the critics' errors below the temperature
@@ -67,7 +86,7 @@ toy)
         "{ppo_continuous.py,diffppo_continuous.py} $gmm $on $anneal"
     ;;
 *)
-    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

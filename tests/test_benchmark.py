@@ -188,7 +188,15 @@ def test_two_calls_share_the_cells(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "suite,cells", [("quick", 8), ("mujoco", 40), ("diffusion-steps", 15), ("toy", 16)]
+    "suite,cells",
+    [
+        ("quick", 8),
+        ("humanoid", 6),
+        ("humanoid-on-policy", 2),
+        ("mujoco", 32),
+        ("diffusion-steps", 10),
+        ("toy", 16),
+    ],
 )
 def test_suites_are_commands_that_the_scripts_accept(suite, cells, tmp_path):
     python = tmp_path / "python"
