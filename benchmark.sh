@@ -35,7 +35,7 @@ quick)
         "diffppo_continuous.py $on --diffusion-steps 4"
     ;;
 humanoid)
-    # off-policy, about 5 core-hours a seed
+    # off-policy, about 5 core-hours a seed (estimated)
     task="--env-id Humanoid-v4"
     run --seeds 1 2 3 4 "$@" --commands \
         "{crossq_continuous.py,dime.py} $task --total-timesteps 100000" \
@@ -43,19 +43,19 @@ humanoid)
         "{wpo_continuous.py,diffwpo_continuous.py} $task --total-timesteps 100000"
     ;;
 humanoid-on-policy)
-    # about 2 core-hours a seed
+    # about 2 core-hours a seed (estimated)
     task="--env-id Humanoid-v4 --total-timesteps 1000000 --eval-frequency 50000"
     run --seeds 1 2 3 4 "$@" --commands "{ppo_continuous.py,diffppo_continuous.py --diffusion-steps 8} $task"
     ;;
 diffusion-steps)
-    # about 6 core-hours a seed
+    # about 6 core-hours a seed (estimated)
     task="--env-id Humanoid-v4 --diffusion-steps {1,2,4,8,16}"
     run --seeds 1 2 3 "$@" --commands \
         "diffppo_continuous.py $task --total-timesteps 500000 --eval-frequency 50000" \
         "diffsac_continuous.py $task --total-timesteps 100000"
     ;;
 mujoco)
-    # about 9 core-hours a seed
+    # about 9 core-hours a seed (estimated)
     tasks="--env-id {HalfCheetah-v4,Ant-v4,Walker2d-v4,Hopper-v4}"
     run --seeds 1 2 3 4 "$@" --commands \
         "{sac_continuous.py,wpo_continuous.py,crossq_continuous.py} $tasks --total-timesteps 100000" \
