@@ -1,5 +1,5 @@
 #!/bin/sh
-# The learning curves of the pages, and table.md, from results/curves: ./results/figures.sh
+# The learning curves of the pages, table.md and compare.md, from results/curves: ./results/figures.sh
 set -e
 cd "$(dirname "$0")/.."
 plot() { python tools/plot.py "$@"; }
@@ -7,6 +7,8 @@ curves=results/curves
 
 plot table $curves/Pendulum-v1/*.csv $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/table.tmp
 mv results/table.tmp results/table.md
+plot compare $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/compare.tmp
+mv results/compare.tmp results/compare.md
 plot figure $curves/HalfCheetah-v4/*sac*.csv --to docs/images/off_policy
 plot figure $curves/HalfCheetah-v4/*ppo*.csv --to docs/images/on_policy
-plot figure $curves/Humanoid-v4/*.csv --to docs/images/all
+plot figure $curves/Humanoid-v4/*.csv --to docs/images/all --published results/published.csv

@@ -159,6 +159,39 @@ def test_figures_of_both_kinds(tmp_path, monkeypatch):
     assert len(drawn) == 3
 
 
+def test_gain_over_the_twin(tmp_path, capsys):
+    """Values of the last common step; a tie counts half; no interval of a single seed."""
+    files = [a_run(tmp_path, "sac_continuous", s, [0.0, x, 99.0]) for s, x in enumerate((1, 3, 4))]
+    files += [a_run(tmp_path, "diffsac_continuous", s, [0.0, x]) for s, x in enumerate((2, 4))]
+    files += [a_run(tmp_path, "diffsac_chain", 1, [0.0, 9.0]), a_run(tmp_path, "ppo", 1, [0.0])]
+    plot.compare(files)
+    both, alone = capsys.readouterr().out.splitlines()[2:]
+    assert alone == "| Some-v0 | sac → diffsac_chain | 1,200 | 3, 1 | +6 | 1.00 |"
+    assert both.startswith("| Some-v0 | sac → diffsac | 1,200 | 3, 2 | +0 [")
+    low, high = map(float, both.split("0.58 [")[1].rstrip("] |").split(", "))
+    assert 0 <= low < 3.5 / 6 < high <= 1
+
+
+def test_figure_over_hours_and_published_points(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    files = []
+    for seed, speed in ((1, 2.0), (2, 0.5)):  # 600 steps take 300 and 1200 seconds
+        curve = {RETURN: [(600, 1.0), (1200, 2.0)]}
+        curve["charts/SPS"] = [(300, speed), (600, speed), (1200, speed)]
+        files.append(tmp_path / f"{seed}.csv")
+        plot.write_csv(make_run(curve, seed=str(seed)), files[-1])
+    plot.figure(files, to=tmp_path, over="hours")
+    hours = drawn[-1].axes[0].lines[0].get_xdata()
+    np.testing.assert_allclose(hours, [(300 + 1200) / 2 / 3600, 1500 / 3600])
+    table = "# source\nenv_id,name,step,value,label\n"
+    table += "Some-v0,ppo,900,7,theirs\nOther-v0,ppo,900,8,no\nSome-v0,sac,900,9,no\n"
+    (tmp_path / "published.csv").write_text(table)
+    plot.figure(files, to=tmp_path, published=tmp_path / "published.csv")
+    points = [line for line in drawn[-1].axes[0].lines if line.get_marker() == "x"]
+    assert [(line.get_label(), *line.get_xydata()[0]) for line in points] == [("theirs", 900, 7)]
+
+
 def test_runs_of_one_seed_are_told_apart_by_an_argument(tmp_path, capsys):
     """And one without an evaluation is left out, the others are shown."""
     files = [a_run(tmp_path, "diffsac", 1, [1.0, 2.0 * k], diffusion_steps=k) for k in (1, 4)]
