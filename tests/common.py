@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,6 +44,47 @@ def small_flags(script):
     return words.split()
 
 
+SMALL = (
+    "--hidden-dim 16 --eval-episodes 2 --device cpu --batch-size 16 --learning-starts 40".split()
+)
+PENDULUM = ["--env-id", "Pendulum-v1", *SMALL]
+SIZES = {"hidden_dim": 16, "batch_size": 16, "eval_episodes": 1, "learning_starts": 40}
+SIZES["device"] = "cpu"
+
+
+def run_flags(script):
+    """Flags of a run of some seconds with a checkpoint every 20 steps."""
+    words = "--hidden-dim 16 --eval-episodes 1 --eval-frequency 0 --device cpu"
+    words += " --checkpoint-frequency 20"
+    if script in ON_POLICY:
+        words += " --num-envs 2 --num-steps 10 --num-minibatches 2 --update-epochs 1"
+    else:
+        words += " --batch-size 16 --learning-starts 40"
+    if "diff" in script.__name__ or script is dime:
+        words += " --diffusion-steps 2"
+    return [*words.split(), *(["--critic-dim", "16"] if script in CATEGORICAL else [])]
+
+
+def over(scripts):
+    """A test over these scripts."""
+    return pytest.mark.parametrize("script", scripts, ids=lambda script: script.__name__)
+
+
+def run_args(script, **flags):
+    """`Args` of a run of some seconds in one environment."""
+    words = [*small_flags(script), "--num-envs", "1", "--eval-episodes", "1"]
+    args = script.tyro.cli(script.Args, args=words)
+    vars(args).update({"env_id": "Pendulum-v1"} | flags)
+    return args
+
+
+def run_main(script, **flags):
+    """A short run of `main` in this process."""
+    args = script.tyro.cli(script.Args, args=["--env-id", "Pendulum-v1", *small_flags(script)])
+    vars(args).update(flags)
+    script.main(args)
+
+
 def make_args(script, **flags):
     """`Args` of small networks."""
     return script.Args(**({"critic_dim": 16} if script in CATEGORICAL else {}) | flags)
@@ -66,6 +108,19 @@ def run_dirs(tmp_path):
 
 def load(run_dir):
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def words(capsys):
+    """What a run printed; no traceback is in it."""
+    out, error = capsys.readouterr()
+    assert "Traceback" not in error
+    return out, error
+
+
+def sentence(capsys):
+    """The one line on stderr that says what is wrong."""
+    (line,) = [line for line in words(capsys)[1].splitlines() if line.startswith("error: ")]
+    return line
 
 
 def scalars(run_dir, name):

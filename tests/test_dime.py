@@ -179,7 +179,6 @@ def test_gradient_of_the_chain_against_finite_differences():
 
 def test_gradients_of_the_actor_are_clipped_entry_by_entry(monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["dime.py"])
     largest, step = [], torch.optim.Adam.step
 

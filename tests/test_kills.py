@@ -14,8 +14,7 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.common import ON_POLICY, ROOT, SCRIPTS
-from tests.test_faults import run_flags
+from tests.common import ON_POLICY, ROOT, run_flags
 
 INTERVAL = 100  # environment steps from checkpoint to checkpoint
 STAGES = ("half written", "written", "on the disk", "renamed")
@@ -118,16 +117,6 @@ def kill_and_resume(script, folder, moments):
     logged = 20 if script in ON_POLICY else 100
     curve = [event.step for event in events.Scalars("losses/critic_loss")]
     assert curve == list(range(logged, total + 1, logged))  # nothing lost, nothing twice
-
-
-@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
-def script(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def imports_of_the_server(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def test_killed_while_a_checkpoint_is_written(script, tmp_path):

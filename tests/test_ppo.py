@@ -357,7 +357,6 @@ def test_return_scaler(script):
 @pytest.mark.parametrize("script", ON_POLICY)
 def test_learns_to_take_the_action_that_pays(script, monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["script.py"])
     flags = {"num_steps": 64, "num_minibatches": 4, "learning_rate": 3e-3, "eval_episodes": 2}
     flags |= {"env_id": "tests.scripted_env:PaysTheAction-v0", "total_timesteps": 12_000}

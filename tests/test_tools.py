@@ -31,7 +31,6 @@ def values(run, metric):
 
 
 def test_export_table_and_figure(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
     for seed in (1, 2):
         flags = [*FLAGS, "--eval-episodes", 2, "--eval-frequency", 30, "--seed", seed]
         assert run_script(monkeypatch, sac_continuous, *flags) == 0
@@ -60,14 +59,12 @@ def test_export_table_and_figure(monkeypatch, tmp_path, capsys):
 
 
 def test_an_empty_argument_of_a_run_is_exported(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
     assert run_script(monkeypatch, sac_continuous, *FLAGS, "--exp-name", "") == 0
     plot.export(sorted(tmp_path.glob("runs/*")), to=tmp_path / "results")
     assert plot.read_csv(next(tmp_path.glob("results/*/*.csv"))).facts["exp_name"] == ""
 
 
 def test_exported_commit_is_the_one_of_the_runs_start(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
     clock = int(time.time())
 
     def git(*words, at=clock):
@@ -221,7 +218,6 @@ def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_enjoy_evaluates_a_checkpoint_of_any_script(script, monkeypatch, tmp_path, capsys):
     """The scripted environment pays 1 + 2 + 3 + 4 + 5 in its first episode, whatever the policy does."""
-    monkeypatch.chdir(tmp_path)
     args = make_args(script, env_id="tests.scripted_env:Scripted-v0", hidden_dim=16)
     actor = script.Actor(2, 1, args)
     save_policy(script, tmp_path / "checkpoint.pt", args, actor, global_step=7, obs_dim=2)
@@ -234,7 +230,6 @@ def test_enjoy_evaluates_a_checkpoint_of_any_script(script, monkeypatch, tmp_pat
 
 def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, capsys):
     """An environment that pays the action, 20 times: the mean action of a known actor."""
-    monkeypatch.chdir(tmp_path)
     actor = make_actor(sac_continuous, 1, hidden_dim=16)
     randomise(actor, 0.0)
     with torch.no_grad():

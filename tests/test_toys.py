@@ -261,8 +261,6 @@ def test_latents_of_the_chain_lead_to_the_action(script):
 
 
 def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.syspath_prepend(str(ROOT))
     flags = "--total-timesteps 60 --hidden-dim 16 --eval-episodes 1 --device cpu".split()
     off = "--learning-starts 40 --batch-size 16 --no-autotune --alpha 0.05".split()

@@ -35,7 +35,7 @@ done
 python -c "import stable_baselines3" 2> /dev/null && speeds+=(sb3:sac)
 
 speed() { python tools/speed.py --env-id "$env_id" --device "$device" --rounds 1 "$@"; }
-[ "$device" = cuda ] && python -m pytest -q tests/test_runs.py -k captured | tee "$out/tests.txt"
+[ "$device" = cuda ] && python -m pytest -q tests/test_fast_paths.py -k captured | tee "$out/tests.txt"
 {
     speed --steps "$steps" --to "$out/speed.csv" --contenders "${speeds[@]}"
     speed --steps $((12 * steps)) --to "$out/speed_ppo.csv" --contenders ppo_continuous.py

@@ -1,0 +1,64 @@
+"""Evaluation: returns, endless episodes, signals."""
+
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import sac_continuous as sac
+from tests.common import ON_POLICY, ROOT, SMALL, load, over, run_args, run_dirs, scalars
+from tests.scripted_env import Endless
+
+
+def make_run(script, env_id, **flags):
+    args = run_args(script, env_id=env_id, **({"eval_episodes": 3} | flags))
+    script.set_up(args)
+    envs = script.make_envs(env_id, 1)
+    return script.Run(args, envs, {})
+
+
+@over([sac, *ON_POLICY])
+def test_evaluation_sums_rewards_over_one_episode(script, tmp_path):
+    """One environment pays 1 + 2 + 3 + 4 + 5 in its first episode, the other one its action."""
+    obs_rms, zeros = script.RunningMeanStd(1, enabled=False), torch.zeros
+    actor = types.SimpleNamespace(
+        sample=lambda obs: (torch.full((len(obs), 1), 0.25), zeros(len(obs))),
+        mean_action=lambda obs: torch.full((len(obs), 1), -0.5),
+    )
+    for env_id, returns in (("Scripted", (15, 15)), ("PaysTheAction", (5, -10))):
+        run = make_run(script, f"tests.scripted_env:{env_id}-v0")
+        state = torch.get_rng_state()
+        run.evaluate(actor, obs_rms)
+        assert torch.equal(state, torch.get_rng_state())
+        run.writer.close()
+        for name, expected in zip(
+            ("episodic_return", "episodic_return_mean_action"), returns, strict=True
+        ):
+            assert scalars(run.folder, f"eval/{name}") == [(0, expected)]
+
+
+def test_an_episode_without_an_end_is_evaluated_for_10_000_steps(tmp_path):
+    Endless.total = 0
+    run = make_run(sac, "Endless-v0", eval_episodes=1)
+    actor = types.SimpleNamespace(mean_action=lambda obs: torch.zeros(len(obs), 1))
+    actor.sample = lambda obs: (actor.mean_action(obs), None)
+    run.evaluate(actor, sac.RunningMeanStd(3, enabled=False))
+    run.writer.close()
+    assert scalars(run.folder, "eval/episodic_return") == [(0, 10_000)] and Endless.total == 20_000
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_evaluation_heeds_signals(signum, tmp_path):
+    flags = ["--env-id", "tests.scripted_env:Endless-v0", *SMALL, "--eval-frequency", "20"]
+    command = [sys.executable, str(ROOT / "sac_continuous.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while "evaluating" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signum)
+    assert process.wait() == 128 + signum
+    assert load(run_dirs(tmp_path)[0])["global_step"] == 20
+    with pytest.raises(KeyError):  # it was cut short
+        scalars(run_dirs(tmp_path)[0], "eval/episodic_return")
