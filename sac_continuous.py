@@ -535,7 +535,7 @@ class Run:
     def open_folder(self):
         """Make the folder of this run, or take that of the one to resume, and lock it."""
         args = self.args
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(1000 * time.time())}"
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(1e6 * time.time())}"
         folder = Path("runs", re.sub(r"[^\w.-]", "-", name))
         if args.resume:
             folder = Path(os.path.relpath(Path(args.resume).resolve().parent))
@@ -702,9 +702,8 @@ class Run:
                     groups = part.state_dict()["param_groups"]
                     if len(groups[0]["params"]) != len(state["param_groups"][0]["params"]):
                         raise ValueError(f"{name} is of another number of weights")
-                    state = copy.deepcopy(state) | {
-                        "param_groups": groups
-                    }  # or the file stays mapped
+                    state = copy.deepcopy(state)  # or the file stays mapped
+                    state["param_groups"] = groups
                 part.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the checkpoint does not fit the arguments: {error}")

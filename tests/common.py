@@ -167,7 +167,10 @@ def set_delta(script, actor, delta):
 
 
 def gauss_hermite(dimensions, points=3):
-    """Nodes (points**dimensions, dimensions) and weights of a mean over N(0, I), exact to degree 2 points - 1."""
+    """Nodes (points**dimensions, dimensions) and weights of a mean over N(0, I).
+
+    Exact to degree 2 points - 1.
+    """
     nodes, weights = np.polynomial.hermite_e.hermegauss(points)
     grid = np.stack(np.meshgrid(*[nodes] * dimensions, indexing="ij"), axis=-1).reshape(
         -1, dimensions
@@ -190,7 +193,7 @@ def log_normal(x, mean, std):
 
 
 def run_script(monkeypatch, script, *flags):
-    """Run a script in this process and folder as `python script.py flags...` would; return its exit code."""
+    """Run `python script.py flags...` in this process and folder; return its exit code."""
     monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script.__name__}.py"), *map(str, flags)])
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Scripted(gym.Env):
-    """Observation (episode, t), reward t. Odd episodes terminate after 3 steps, even ones are cut off after 5."""
+    """Observation (episode, t), reward t. Odd episodes terminate at 3, even ones are cut at 5."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
     action_space = gym.spaces.Box(-1.0, 1.0, (1,))

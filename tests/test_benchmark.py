@@ -19,7 +19,8 @@ spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "ben
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
 
-SMALL = "--env-id Pendulum-v1 --hidden-dim 16 --batch-size 16 --learning-starts 40 --eval-episodes 1 --device cpu"
+SMALL = "--env-id Pendulum-v1 --hidden-dim 16 --batch-size 16 --learning-starts 40"
+SMALL += " --eval-episodes 1 --device cpu"
 QUICK = f"sac_continuous.py {SMALL} --total-timesteps 60"
 LONG = f"sac_continuous.py {SMALL} --total-timesteps 3000 --checkpoint-frequency 100"
 
@@ -72,7 +73,7 @@ def test_braces_stand_for_a_sweep():
 
 
 def test_long_commands_have_folders_of_their_own(tmp_path):
-    """File systems allow names of 255 bytes; what tells the cells apart may stand at the beginning, middle or end."""
+    """File systems allow 255 bytes; what tells cells apart may stand anywhere in their names."""
     commands = [
         f"{script}.py --x {'y' * 400} --lr {lr} {'z' * 400} --seed {s}"
         for script in "ab"
@@ -132,7 +133,7 @@ def kill_tree(process):
 
 
 def test_a_training_that_was_killed_goes_on(tmp_path, monkeypatch):
-    """Out of memory, say: it counts as failed, but its checkpoint stays; with a relative folder as well."""
+    """Out of memory, say: it counts as failed, but its checkpoint stays; relative folders too."""
     process = call("here", LONG, wait=False)
     wait_for(lambda: checkpoints(tmp_path / "here"))
     for folder in Path("/proc").glob("[0-9]*/cwd"):

@@ -1,4 +1,4 @@
-"""dime.py: batch renormalisation, the categorical projection and the chain against references, quadrature and grids."""
+"""dime.py: the chain against references, quadrature and grids."""
 
 import math
 
@@ -90,7 +90,7 @@ def test_volume_of_the_action_box_for_any_parameters():
 
 
 def riccati(mean, std, eta, prior_std=2.5):
-    """Smallest path KL to the target N(mean, std^2) over all controls: dynamic programming from the last step back."""
+    """Smallest path KL to N(mean, std^2) over all controls, by dynamic programming."""
     p, q, const = 1 / (2 * std**2), -mean / (2 * std**2), 0.0
     for step in reversed(eta):
         g = 1 - step / prior_std**2
@@ -121,12 +121,13 @@ def test_bound_of_the_schedule_tightens_with_the_number_of_steps(steps, gap):
 
 
 def test_training_reaches_the_gaussian_target():
-    """Path KL to N(0.5, 0.8^2) by the script's loss: close to the optimum for its final step sizes, never below it."""
+    """Path KL to N(0.5, 0.8^2) by the script's loss: near the optimum of its steps, never below."""
     torch.manual_seed(3)
     actor = make_actor(dime, 1, diffusion_steps=4, hidden_dim=32)
     mean, std, alpha = 0.5, 0.8, 0.5
 
-    class Critic:  # alpha log-density of the target over the latents, minus the log-determinant that the loss adds
+    # alpha log-density of the target over latents, minus the log-determinant that the loss adds
+    class Critic:
         def value(self, obs, action):
             latent = torch.atanh(action.clamp(-1 + 1e-12, 1 - 1e-12))
             value = -0.5 * ((latent - mean) / std) ** 2 - math.log(std * math.sqrt(2 * math.pi))

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 
 import pytest
 import tyro
@@ -50,6 +51,12 @@ def test_commands_of_the_docstring_are_accepted(script):
         assert file == f"{script.__name__}.py"
         if "--resume" not in flags:
             tyro.cli(script.Args, args=flags)
+
+
+def test_all_scripts_are_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    modules = project["tool"]["setuptools"]["py-modules"]
+    assert sorted(modules) == sorted(script.__name__ for script in SCRIPTS)
 
 
 def test_pages_name_only_files_that_are_there():

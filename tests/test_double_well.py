@@ -1,4 +1,4 @@
-"""The reward of the turning double well as a one-state problem with a learned critic: two modes, at a = +-0.5."""
+"""The double well's reward as a one-state problem with a learned critic: modes at a = +-0.5."""
 
 import copy
 from functools import partial

@@ -1,4 +1,4 @@
-"""Random combinations of flags: what a script accepts it trains with, what it refuses it refuses in one sentence."""
+"""Random combinations of flags: a script trains with them, or refuses them in one sentence."""
 
 import contextlib
 import dataclasses
@@ -72,7 +72,7 @@ def kinds(field):
 
 
 def flag_values(field):
-    """A strategy for the words after a flag: typical, extreme and nonsensical values of the field's type."""
+    """A strategy for the words after a flag: typical, extreme and nonsensical values."""
     if bool in kinds(field):
         return st.sampled_from([["True"], ["False"]])
     if typing.get_origin(field.type) is typing.Literal:

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of a run, in the middle of writing a checkpoint above all, then --resume: what is left."""
+"""SIGKILL at any moment, in the middle of writing a checkpoint above all, then --resume."""
 
 import io
 import multiprocessing
@@ -29,7 +29,7 @@ def die():
 
 
 def run(script, flags, folder, steps, stage):
-    """A whole process: `python script flags`, counting environment steps, killed when a checkpoint is `stage`."""
+    """A process `python script flags` that counts steps, killed when a checkpoint is `stage`."""
     os.chdir(folder)
     sys.argv = [str(script), *flags]
     step, save, replace = SyncVectorEnv.step, torch.save, os.replace
@@ -63,7 +63,7 @@ def run(script, flags, folder, steps, stage):
 
 
 def kill_and_resume(script, folder, moments):
-    """One run, killed at each of `moments` (a stage of STAGES, or seconds after the start or the first step)."""
+    """One run, killed at each of `moments`: a stage, or seconds after the start or first step."""
     flags = [*run_flags(script), "--env-id", "Pendulum-v1", "--checkpoint-frequency", str(INTERVAL)]
     best = None  # the last checkpoint
     for moment in moments:

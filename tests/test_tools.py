@@ -217,7 +217,7 @@ def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_enjoy_evaluates_a_checkpoint_of_any_script(script, monkeypatch, tmp_path, capsys):
-    """The scripted environment pays 1 + 2 + 3 + 4 + 5 in its first episode, whatever the policy does."""
+    """The scripted environment pays 1 + 2 + 3 + 4 + 5 in its first episode to any policy."""
     args = make_args(script, env_id="tests.scripted_env:Scripted-v0", hidden_dim=16)
     actor = script.Actor(2, 1, args)
     save_policy(script, tmp_path / "checkpoint.pt", args, actor, global_step=7, obs_dim=2)

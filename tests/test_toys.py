@@ -109,7 +109,7 @@ def test_gmm_optimum_at_temperature_one_is_the_mixture():
 
 
 def test_gmm_optimum_at_another_temperature_satisfies_the_soft_bellman_equation():
-    """V = alpha log integral exp((R + gamma V') / alpha), by sums of rewards and entropies under the density."""
+    """V = alpha log integral exp((R + gamma V') / alpha), by sums over the density."""
     alpha, gamma = 0.3, 0.5
     exact = toys.optimum(toys.TurningGMM(), alpha, gamma, actions=1000, sectors=8)
     random, count = np.random.default_rng(0), 4000
@@ -161,7 +161,7 @@ class Uniform(torch.nn.Module):
 
 
 class ExactMixture(torch.nn.Module):
-    """The mixture of the GMM, which is the optimum at alpha = 1 but for what lies outside [-1, 1]."""
+    """The mixture of the GMM: the optimum at alpha = 1, but for what lies outside [-1, 1]."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +215,7 @@ def test_table_of_a_uniform_policy():
 
 @pytest.mark.parametrize("script", [diffsac_continuous, diffppo_continuous, dime])
 def test_weights_of_a_chain_are_those_of_its_actions(script):
-    """Z from single steps of a policy that is not the optimum; the standard error is below 0.004."""
+    """Z from single steps of a policy that is not the optimum; standard error below 0.004."""
     torch.manual_seed(1)
     actor = make_actor(script, 2, diffusion_steps=3, prior_std=1.0)
     randomise(actor, 0.05)

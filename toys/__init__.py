@@ -1,16 +1,21 @@
-"""Two small environments with a known maximum-entropy optimum: `toys:TurningDoubleWell-v0`, `toys:TurningGMM-v0`.
+"""Two small environments whose maximum-entropy optimum is known.
 
-A walker in the plane sees its heading psi as (cos psi, sin psi) and turns by an action a in [-1, 1], 100 times. Only
-the turn is rewarded, and the best turns are several: a policy with one mode cannot be optimal at a low temperature.
+`toys:TurningDoubleWell-v0` and `toys:TurningGMM-v0`: a walker in the plane sees its heading psi as
+(cos psi, sin psi) and turns by an action a in [-1, 1], 100 times. Only the turn is rewarded, and
+several turns are best: a policy with one mode cannot be optimal at a low temperature.
 
-    double well   R = h + (1 - h) (1 - (1 - u / u*)^2) for u = a^2 <= u*, 1 - ((u - u*) / (1 - u*))^2 above; u* = 1/4,
-                  h = 0.85, so that R(+-1/2) = 1, R(0) = 0.85, R(+-1) = 0. The turn is +45 degrees for a >= 0, else -45
-    GMM           R = log p(a | sector of the heading), one mixture of five normals, std 0.05, for each sector of 45
-                  degrees; the turn is 120 degrees times a
+    double well   with u = a^2, u* = 1/4, h = 0.85:
+                  R = h + (1 - h) (1 - (1 - u / u*)^2)  for u <= u*
+                  R = 1 - ((u - u*) / (1 - u*))^2       above
+                  so that R(+-1/2) = 1, R(0) = 0.85, R(+-1) = 0.
+                  The turn is +45 degrees for a >= 0, else -45.
+    GMM           R = log p(a | sector of the heading): for each sector of 45 degrees a mixture of
+                  five normals with std 0.05. The turn is 120 degrees times a.
 
-In the double well neither the reward nor what follows depends on the heading: exp(R / alpha) / Z is optimal for every
-discount factor. In the GMM every sector has Z = 1 at alpha = 1 (the mass outside [-1, 1] is below 1e-6), so that the
-soft value is zero everywhere and p itself is optimal; at other temperatures `optimum` iterates the soft values.
+In the double well neither the reward nor what follows depends on the heading: exp(R / alpha) / Z is
+optimal for every discount factor. In the GMM every sector has Z = 1 at alpha = 1 (the mass outside
+[-1, 1] is below 1e-6), so that the soft value is zero everywhere and p itself is optimal; at other
+temperatures `optimum` iterates the soft values.
 
 After the environments in the code of Sanokowski, Patil, Knoll (arXiv 2512.02019).
 """
@@ -21,9 +26,8 @@ import gymnasium as gym
 import numpy as np
 
 SECTORS = 8
-MEANS = np.random.default_rng(0).uniform(
-    -0.75, 0.75, size=(SECTORS, 5)
-)  # of the mixtures, one row for each sector
+# of the mixtures, one row for each sector
+MEANS = np.random.default_rng(0).uniform(-0.75, 0.75, size=(SECTORS, 5))
 STD, FLOOR = 0.05, np.log(1e-12)
 WELL, HILL = 0.25, 0.85
 
@@ -58,7 +62,7 @@ def gmm_turn(action):
 
 
 class Turning(gym.Env):
-    """A walker that turns by a reward and a turn as functions of heading and action (all also arrays)."""
+    """A walker, by reward and turn as functions of heading and action (numbers or arrays)."""
 
     def __init__(self, reward, turn, snap):
         self.reward, self.turn, self.snap = reward, turn, snap
@@ -67,12 +71,9 @@ class Turning(gym.Env):
 
     def first_headings(self, random, shape=()):
         """Uniform headings in radians, multiples of 45 degrees if they `snap`."""
-        turns = (
-            random.integers(SECTORS, size=shape) / SECTORS
-            if self.snap
-            else random.uniform(size=shape)
-        )
-        return 2 * np.pi * turns
+        if self.snap:
+            return 2 * np.pi * random.integers(SECTORS, size=shape) / SECTORS
+        return 2 * np.pi * random.uniform(size=shape)
 
     @staticmethod
     def observe(heading):
@@ -107,7 +108,10 @@ class TurningGMM(Turning):
 
 @dataclass
 class Optimum:
-    """The exact maximum-entropy policy on a grid of headings (H,) and actions (A,), the middles of equal cells."""
+    """The exact maximum-entropy policy on a grid of headings (H,) and actions (A,).
+
+    Actions are the middles of equal cells.
+    """
 
     headings: np.ndarray
     actions: np.ndarray
@@ -116,15 +120,16 @@ class Optimum:
     mean_reward: np.ndarray  # (H,)
     log_partition: (
         np.ndarray
-    )  # (H,), of one step: log of the integral of exp((R + gamma (V(s') - V(s))) / alpha)
+    )  # (H,), log of the integral of exp((R + gamma (V(s') - V(s))) / alpha)
 
 
 def optimum(env, alpha, gamma=0.99, actions=4000, sectors=15):
-    """The exact optimum of one of the two environments (wrapped or not) at temperature alpha > 0, as an `Optimum`.
+    """The `Optimum` of one of the two environments (wrapped or not) at temperature alpha > 0.
 
-    V, the soft value, is constant in the double well and, at alpha = 1, in the GMM: there `log_partition` is log of the
-    integral of exp(R / alpha), exact but for the grid of actions. Otherwise V is carried by `sectors` headings in each
-    sector, interpolated linearly. ValueError: alpha is not positive. RuntimeError: V has not converged.
+    V, the soft value, is constant in the double well and, at alpha = 1, in the GMM: there
+    `log_partition` is log of the integral of exp(R / alpha), exact but for the grid of actions.
+    Otherwise V is carried by `sectors` headings in each sector, interpolated linearly.
+    Raises ValueError if alpha is not positive, RuntimeError if V has not converged.
     """
     env = env.unwrapped
     if not 0 < alpha < np.inf:
@@ -135,9 +140,8 @@ def optimum(env, alpha, gamma=0.99, actions=4000, sectors=15):
     headings = 2 * np.pi * (np.arange(count) + (0.0 if env.snap else 0.5)) / count
     rewards = env.reward(headings[:, None], grid[None])
     values, shift = np.zeros(count), 2 * np.pi / count
-    following = (
-        headings[:, None] + env.turn(grid)[None] - headings[0]
-    ) / shift  # in cells of the grid of headings
+    # in cells of the grid of headings
+    following = (headings[:, None] + env.turn(grid)[None] - headings[0]) / shift
     lower = np.floor(following + 1e-9).astype(int)
     share = following - lower
     for _ in range(10_000):

@@ -1,4 +1,4 @@
-"""The grid through a real Slurm: array, requeue, time limit. `tests/slurm/start.sh` makes one; else skipped."""
+"""A grid through a real Slurm, as `tests/slurm/start.sh` makes one: array, requeue, limit."""
 
 import json
 import shutil
@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(
     not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
     reason="needs Slurm",
 )
-FLAGS = "--env-id Pendulum-v1 --hidden-dim 16 --batch-size 16 --learning-starts 40 --eval-episodes 1 --device cpu"
+FLAGS = "--env-id Pendulum-v1 --hidden-dim 16 --batch-size 16 --learning-starts 40"
+FLAGS += " --eval-episodes 1 --device cpu"
 LONG = f"sac_continuous.py {FLAGS} --total-timesteps 4000 --checkpoint-frequency 100"
 
 
