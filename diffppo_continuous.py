@@ -394,6 +394,7 @@ LIMITS = {  # smallest and largest value of a flag, in all scripts
     "tau": (1e-6, 1),
 }
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+POLICY = ("actor", "obs_rms")  # parts of a run that act
 
 
 def fail(message):
@@ -626,7 +627,7 @@ class Run:
         self.args, self.envs, self.parts, self.step = args, envs, parts, 0
         self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps between two logs
         self.eval_envs = make_envs(args.env_id, args.eval_episodes)
-        self.folder = self.open_folder()
+        self.folder, self.best_return = self.open_folder(), -math.inf
         if args.resume:
             self.restore(load_checkpoint(args.resume))
         Run.exists, self.stop_signal, self.last_return = True, None, math.nan
@@ -749,11 +750,13 @@ class Run:
     def evaluate(self, actor, obs_rms):
         """Log the returns of --eval-episodes episodes of the policy, with and without its noise.
 
-        Environments, seeds and random numbers are not those of the training. An episode ends after
-        10,000 steps at the latest; a signal ends the evaluation.
+        The policy with the best mean so far is kept in policy_best.pt. Environments, seeds and
+        random numbers are not those of the training. An episode ends after 10,000 steps at the
+        latest; a signal ends the evaluation.
         """
         self.say(f"step {self.step}: evaluating") if self.bar.disable else None
         envs, device, words = self.eval_envs, obs_rms.mean.device, f"step {self.step}:"
+        means = []
         policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
         for name, policy in policies.items():
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -771,17 +774,22 @@ class Run:
             self.check({f"eval/episodic_return{name}": returns})
             self.writer.add_scalar(f"eval/episodic_return{name}", returns.mean(), self.step)
             words += f" episodic_return{name} {returns.mean():.1f} +- {returns.std():.1f}"
+            means.append(returns.mean().item())
         self.say(words)
+        if means[0] > self.best_return:
+            self.best_return = means[0]
+            self.save("policy_best.pt", POLICY)
 
-    def save(self):
-        """Write a checkpoint beside the old one, then replace it: one of them is always whole."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                self.check({f"{name}.{key}": value for key, value in state[name].items()})
+    def save(self, name="checkpoint.pt", parts=None):
+        """Write parts (all, unless named) beside the old file, then replace it: one is whole."""
+        parts = {key: part for key, part in self.parts.items() if parts is None or key in parts}
+        state = {key: part.state_dict() for key, part in parts.items()}
+        for part in (key for key in parts if isinstance(parts[key], nn.Module)):
+            self.check({f"{part}.{key}": value for key, value in state[part].items()})
         state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
         state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
-        path, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
+        state["best_return"] = self.best_return
+        path, temporary = self.folder / name, self.folder / f"{name}.tmp"
         try:
             self.writer.flush()  # a checkpoint is never ahead of the curves
             with open(temporary, "wb") as file:
@@ -795,7 +803,6 @@ class Run:
             full = getattr(cause, "errno", None) in FULL_DISK
             problem = "the disk is full" if full else " ".join(str(error).split())
             sys.exit(f"error: cannot write the checkpoint {path}: {problem}")
-        self.save_time = time.time()
 
     def save_when_due(self):
         """At multiples of --checkpoint-frequency, and ten minutes after the last time."""
@@ -803,6 +810,7 @@ class Run:
         late = frequency and time.time() > self.save_time + 600
         if self.goes_on() and (late or self.due(frequency)):  # else `close` does
             self.save()
+            self.save_time = time.time()
 
     def restore(self, checkpoint):
         """Load all parts; optimisers keep the learning rates of the flags."""
@@ -813,7 +821,10 @@ class Run:
         if "temperature" in checkpoint and getattr(self.args, "autotune", False):
             if checkpoint["temperature"]["log_alpha"].exp() == 0:
                 fail("the checkpoint has temperature 0, which --autotune cannot change")
+        if not self.parts.keys() <= checkpoint.keys():
+            fail(f"{self.args.resume} holds a policy alone: resume from a checkpoint.pt")
         self.step = checkpoint["global_step"]
+        self.best_return = checkpoint.get("best_return", -math.inf)
         torch.manual_seed(self.args.seed + self.step)
         try:
             for name, part in self.parts.items():
@@ -831,6 +842,7 @@ class Run:
     def close(self):
         """Save, say how to go on, and exit with 128 + signal if one stopped the run."""
         self.save()
+        self.save("policy.pt", POLICY)
         for thing in (self.bar, self.envs, self.eval_envs, self.writer, self.lock):
             thing.close()
         for number, handler in self.handlers.items():

@@ -51,7 +51,9 @@ def test_checkpoints_by_the_clock(frequency, saves, monkeypatch, tmp_path):
     """Ten minutes after the last one, unless only the end is asked for."""
     now, saved, save = [1000.0], [], sac.Run.save
     monkeypatch.setattr(sac.time, "time", lambda: now[0])
-    monkeypatch.setattr(sac.Run, "save", lambda run: (saved.append(run.step), save(run)))
+    monkeypatch.setattr(
+        sac.Run, "save", lambda run, *policy: policy or (saved.append(run.step), save(run))
+    )
     count = sac.Run.count
 
     def tick(run, *rest, **more):
@@ -96,15 +98,15 @@ def test_the_checkpoint_resumed_from_does_not_stay_mapped(script, monkeypatch, t
     assert run_script(monkeypatch, script, *flags) == 0
     maps, save = [], script.Run.save
 
-    def save_and_look(run):
-        save(run)
+    def save_and_look(run, *policy):
+        save(run, *policy)
         maps.append([line for line in open("/proc/self/maps") if run.folder.name in line])
 
     monkeypatch.setattr(script.Run, "save", save_and_look)
     args = script.load_checkpoint(run_dirs(tmp_path)[0] / "checkpoint.pt")["args"]
     args.resume, args.total_timesteps = str(run_dirs(tmp_path)[0] / "checkpoint.pt"), 80
     script.main(args)
-    assert maps == [[]]
+    assert maps and not any(maps)
 
 
 def test_a_full_disk_is_named(monkeypatch, tmp_path):
@@ -125,7 +127,9 @@ def test_a_full_disk_is_named(monkeypatch, tmp_path):
 
 def test_the_last_checkpoint_is_written_once(monkeypatch, tmp_path):
     saved, save = [], sac.Run.save
-    monkeypatch.setattr(sac.Run, "save", lambda run: (saved.append(run.step), save(run)))
+    monkeypatch.setattr(
+        sac.Run, "save", lambda run, *policy: policy or (saved.append(run.step), save(run))
+    )
     args = sac.Args(env_id="Pendulum-v1", total_timesteps=60, checkpoint_frequency=20, **SIZES)
     sac.main(args)
     assert saved == [20, 40, 60]

@@ -50,6 +50,46 @@ def test_an_episode_without_an_end_is_evaluated_for_10_000_steps(tmp_path):
     assert scalars(run.folder, "eval/episodic_return") == [(0, 10_000)] and Endless.total == 20_000
 
 
+@over([sac, *ON_POLICY])
+def test_best_and_last_policy_are_kept(script, monkeypatch, tmp_path, capsys):
+    """Also over a resumption; they hold what acts, and nothing can be resumed from them."""
+    means, now, evaluate = iter([1.0, 3.0, 2.0, 2.5, 2.75]), [None], script.Run.evaluate
+    envs_step = script.gym.vector.SyncVectorEnv.step
+
+    def pay(envs, actions):  # what the next of `means` says, in evaluations of one step
+        obs, rewards, terminations, truncations, infos = envs_step(envs, actions)
+        if now[0] is not None:
+            return obs, rewards * 0 + now[0], terminations | True, truncations, infos
+        return obs, rewards, terminations, truncations, infos
+
+    def evaluate_once(run, *rest):
+        now[0] = next(means)
+        evaluate(run, *rest)
+        now[0] = None
+
+    monkeypatch.setattr(script.gym.vector.SyncVectorEnv, "step", pay)
+    monkeypatch.setattr(script.Run, "evaluate", evaluate_once)
+    script.main(run_args(script, total_timesteps=60, eval_frequency=20))
+    (run_dir,) = run_dirs(tmp_path)
+    best, last, whole = (
+        torch.load(run_dir / f"{name}.pt", weights_only=True)
+        for name in ("policy_best", "policy", "checkpoint")
+    )
+    assert (best["global_step"], best["best_return"]) == (40, 3.0)
+    assert last["global_step"] == 60 and not {"optimizer", "q_optimizer", "buffer"} & last.keys()
+    for name, value in whole["actor"].items():
+        assert torch.equal(last["actor"][name], value)
+    resume = run_args(script, total_timesteps=100, eval_frequency=20)
+    resume.resume = str(run_dir / "checkpoint.pt")
+    script.main(resume)
+    best = torch.load(run_dir / "policy_best.pt", weights_only=True)
+    assert (best["global_step"], best["best_return"]) == (40, 3.0)
+    with pytest.raises(SystemExit):
+        resume.resume = str(run_dir / "policy.pt")
+        script.main(resume)
+    assert "holds a policy alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_evaluation_heeds_signals(signum, tmp_path):
     flags = ["--env-id", "tests.scripted_env:Endless-v0", *SMALL, "--eval-frequency", "20"]
