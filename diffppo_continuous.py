@@ -174,11 +174,11 @@ class Actor(nn.Module):
 
     def latents(self, obs, noise_scale=1.0):
         """Chain (K + 1, batch, action_dim) of obs (batch, obs_dim); row k is a^k."""
-        shape = (self.steps + 1, len(obs), self.log_std.shape[1])
+        shape = (self.steps + 1, obs.shape[0], self.log_std.shape[1])
         noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
         chain = [self.prior_std * noise[-1]]
         for k in range(self.steps, 0, -1):
-            mean = self.mean(obs, chain[0], torch.full((len(obs),), k, device=obs.device))
+            mean = self.mean(obs, chain[0], torch.full((obs.shape[0],), k, device=obs.device))
             chain.insert(0, mean + self.log_std[k - 1].exp() * noise[k - 1])
         return torch.stack(chain)
 
@@ -197,7 +197,7 @@ class Actor(nn.Module):
     def sample(self, obs):
         """Action (batch, action_dim), and the sum (8) in place of a log-probability."""
         latents = self.latents(obs)
-        k = torch.arange(1, self.steps + 1, device=obs.device)[:, None].expand(-1, len(obs))
+        k = torch.arange(1, self.steps + 1, device=obs.device)[:, None].expand(-1, obs.shape[0])
         log_q, log_n = self.log_prob(obs.expand(self.steps, -1, -1), k, latents[1:], latents[:-1])
         return torch.tanh(latents[0]), (log_q - log_n).sum(0) + self.end_cost(latents[0])
 

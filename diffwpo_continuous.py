@@ -202,7 +202,7 @@ class Actor(nn.Module):
 
     def chain(self, obs, noise_scale=1.0):
         """Run the `Chain` of each obs (batch, obs_dim), from the prior to the latent action."""
-        shape = (self.steps + 1, len(obs), self.fc_latent.in_features)
+        shape = (self.steps + 1, obs.shape[0], self.fc_latent.in_features)
         noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
         noises, prior_noise = noise[:-1].requires_grad_(torch.is_grad_enabled()), noise[-1]
         latents, controls = [self.prior_std * prior_noise], []

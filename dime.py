@@ -234,7 +234,7 @@ class Actor(nn.Module):
 
     def chain(self, obs, noise_scale=1.0):
         """Latents (K + 1, batch, action_dim), row k is a^k, and noises (K, batch, action_dim)."""
-        shape = (self.steps + 1, len(obs), len(self.raw_kappa))
+        shape = (self.steps + 1, obs.shape[0], len(self.raw_kappa))
         noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
         noises, prior_noise = noise[:-1], noise[-1]
         obs_features, step_features = self.fc_obs(obs), self.step_features()
