@@ -1,9 +1,7 @@
 """Pairs are read side by side: small diffs, shared definitions of exactly the same text."""
 
 import ast
-import dataclasses
 import difflib
-import html
 import re
 import tomllib
 
@@ -120,30 +118,3 @@ def test_lengths(file):
     longest = max(map(len, lines))
     assert above <= LINES[file][0] and len(lines) <= LINES[file][1], (above, len(lines))
     assert length <= MOST_OF_MAIN and longest <= 100, (length, longest)
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_the_page_of_flags_has_every_default(script):
-    header, _, *rows = [row for row in pairs.flags_page().splitlines() if row.startswith("|")]
-    column = header.split("|").index(f" {script.__name__.removesuffix('_continuous')} ")
-    shown = {row.split("|")[1].strip(): row.split("|")[column].strip() for row in rows}
-    for field in dataclasses.fields(script.Args):
-        value = shown.pop(f"`--{field.name.replace('_', '-')}`")
-        if field.name != "exp_name":
-            words = {True: "on", False: "off"}
-            expected = words[field.default] if isinstance(field.default, bool) else field.default
-            assert value.replace("_", "") == str(expected) or float(value) == expected
-    assert set(shown.values()) <= {""}
-
-
-@each_pair
-def test_side_by_side_pages_mark_what_changed(pair):
-    """Every changed line is on the page, and equations are links to their algorithm's page."""
-    page = pairs.page(pair)
-    text = html.unescape(re.sub("<[^>]*>", "", page)).replace("\xa0", " ")
-    old, new = ((ROOT / file).read_text().splitlines() for file in pair[:2])
-    for line in difflib.ndiff(old, new):
-        if line[0] in "+-" and line[2:].strip():
-            assert line[2:] in text, line
-    own = pair.second.removesuffix(".py").removesuffix("_continuous")
-    assert re.search(rf'DIFF: \(<a href="../../{own}/">W?\d+</a>\)', page.replace("&nbsp;", " "))
