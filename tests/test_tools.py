@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import sac_continuous
-from tests.common import SCRIPTS, make_actor, make_args, randomise, run_script, save_policy
+from tests.common import ROOT, SCRIPTS, make_actor, make_args, randomise, run_script, save_policy
 from tools import enjoy, plot
 
 FLAGS = "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 40 --hidden-dim 16".split()
@@ -226,6 +227,26 @@ def test_enjoy_evaluates_a_checkpoint_of_any_script(script, monkeypatch, tmp_pat
         out = json.loads(capsys.readouterr().out)
         assert (out["mean_return"], out["lengths"], out["global_step"]) == (15.0, [5], 7)
         assert out["mean_action"] is mean_action
+
+
+TABLE = (ROOT / "results" / "policies" / "README.md").read_text()
+POLICIES = re.findall(r"^\| `(.*\.pt)` \|.*\| ([\d,]+) ± ([\d,]+) \|$", TABLE, re.M)
+
+
+@pytest.mark.parametrize("name,mean,std", POLICIES, ids=[row[0] for row in POLICIES])
+def test_kept_policies_reproduce_their_returns(name, mean, std, capsys):
+    """Three episodes of the mean action, within five standard errors or 300."""
+    mean, std = (float(value.replace(",", "")) for value in (mean, std))
+    path = ROOT / "results" / "policies" / name
+    assert path.stat().st_size < 2_000_000
+    enjoy.main(enjoy.Args(path, episodes=3, mean_action=True))
+    found = json.loads(capsys.readouterr().out)["mean_return"]
+    assert abs(found - mean) < max(300, 5 * std / 3**0.5)
+
+
+def test_every_kept_policy_is_in_the_table():
+    kept = {path.name for path in (ROOT / "results" / "policies").glob("*.pt")}
+    assert kept == {name for name, *_ in POLICIES}
 
 
 def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, capsys):

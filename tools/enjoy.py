@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Args:
-    checkpoint: tyro.conf.Positional[Path]  # written by one of the scripts
+    checkpoint: tyro.conf.Positional[Path]  # or policy, written by one of the scripts
     episodes: int = 10  # one after the other
     mean_action: bool = False  # act without noise
     render: bool = False  # show a window
@@ -73,6 +73,15 @@ def load_actor(path):
     return Normalised(actor, obs_rms), checkpoint, module
 
 
+def follow(env):
+    """Let the camera of a MuJoCo environment follow its body: gymnasium's stands still."""
+    if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
+        import mujoco
+
+        camera = mujoco.mjtObj.mjOBJ_CAMERA
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")
+
+
 def make_env(args, checkpoint, module):
     """The environment of the checkpoint, or another one with the same spaces."""
     env_id = args.env_id or checkpoint["args"].env_id
@@ -88,6 +97,7 @@ def make_env(args, checkpoint, module):
     try:
         env = gym.make(env_id, **({"render_mode": mode} if mode else {}))
         if mode:
+            follow(env)
             env.reset(seed=args.seed)
             env.render()  # fails here, before a film is begun
         if args.video:
