@@ -369,10 +369,10 @@ def main(args: Args):
             metrics = update(buffer.sample(args.batch_size))
         if metrics and run.due(100):
             run.log(metrics)
-        if run.due(args.eval_frequency) or run.step >= args.total_timesteps:
+        if run.due(args.eval_frequency):
             run.evaluate(actor, obs_rms)
         run.save_when_due()
-    run.close()
+    run.close()  # evaluates at the end, saves
 
 
 # --------------------------------------------------------------------------------------------------
@@ -642,7 +642,7 @@ class Run:
         self.args, self.envs, self.parts, self.step = args, envs, parts, 0
         self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps between two logs
         self.eval_envs = make_envs(args.env_id, args.eval_episodes)
-        self.folder, self.best_return = self.open_folder(), -math.inf
+        self.folder, self.evaluated, self.best_return = self.open_folder(), 0, -math.inf
         if args.resume:
             self.restore(load_checkpoint(args.resume))
         Run.exists, self.stop_signal, self.last_return = True, None, math.nan
@@ -770,8 +770,7 @@ class Run:
         latest; a signal ends the evaluation.
         """
         self.say(f"step {self.step}: evaluating") if self.bar.disable else None
-        envs, device, words = self.eval_envs, obs_rms.mean.device, f"step {self.step}:"
-        means = []
+        envs, device, found = self.eval_envs, obs_rms.mean.device, {}
         policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
         for name, policy in policies.items():
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -786,24 +785,27 @@ class Run:
                     returns += active * rewards
                     active &= ~(terminations | truncations)
                     steps += 1
-            self.check({f"eval/episodic_return{name}": returns})
-            self.writer.add_scalar(f"eval/episodic_return{name}", returns.mean(), self.step)
-            words += f" episodic_return{name} {returns.mean():.1f} +- {returns.std():.1f}"
-            means.append(returns.mean().item())
+            found[f"episodic_return{name}"] = returns
+        words, self.evaluated = f"step {self.step}:", self.step
+        for name, returns in found.items():
+            self.check({f"eval/{name}": returns})
+            self.writer.add_scalar(f"eval/{name}", returns.mean(), self.step)
+            words += f" {name} {returns.mean():.1f} +- {returns.std():.1f}"
         self.say(words)
-        if means[0] > self.best_return:
-            self.best_return = means[0]
-            self.save("policy_best.pt", POLICY)
+        mean = found["episodic_return"].mean().item()
+        if mean > self.best_return:
+            self.best_return = mean
+            self.save("policy_best.pt", only=POLICY)
 
-    def save(self, name="checkpoint.pt", parts=None):
-        """Write parts (all, unless named) beside the old file, then replace it: one is whole."""
-        parts = {key: part for key, part in self.parts.items() if parts is None or key in parts}
+    def save(self, name="checkpoint.pt", only=None):
+        """Write parts (all, or `only` some) beside the old file, then replace it: one is whole."""
+        parts = {key: part for key, part in self.parts.items() if only is None or key in only}
         state = {key: part.state_dict() for key, part in parts.items()}
         for part in (key for key in parts if isinstance(parts[key], nn.Module)):
             self.check({f"{part}.{key}": value for key, value in state[part].items()})
         state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
         state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
-        state["best_return"] = self.best_return
+        state |= {"evaluated": self.evaluated, "best_return": self.best_return}
         path, temporary = self.folder / name, self.folder / f"{name}.tmp"
         try:
             self.writer.flush()  # a checkpoint is never ahead of the curves
@@ -817,7 +819,9 @@ class Run:
             cause = error if isinstance(error, OSError) else error.__context__
             full = getattr(cause, "errno", None) in FULL_DISK
             problem = "the disk is full" if full else " ".join(str(error).split())
-            sys.exit(f"error: cannot write the checkpoint {path}: {problem}")
+            if only is None:
+                sys.exit(f"error: cannot write the checkpoint {path}: {problem}")
+            self.say(f"cannot write {path}: {problem}")
 
     def save_when_due(self):
         """At multiples of --checkpoint-frequency, and ten minutes after the last time."""
@@ -839,7 +843,10 @@ class Run:
         if not self.parts.keys() <= checkpoint.keys():
             fail(f"{self.args.resume} holds a policy alone: resume from a checkpoint.pt")
         self.step = checkpoint["global_step"]
-        self.best_return = checkpoint.get("best_return", -math.inf)
+        self.evaluated = checkpoint.get("evaluated", self.step)
+        with contextlib.suppress(Exception):  # there may be none yet
+            best = torch.load(self.folder / "policy_best.pt", weights_only=True)
+            self.best_return = best["best_return"]
         torch.manual_seed(self.args.seed + self.step)
         try:
             for name, part in self.parts.items():
@@ -855,15 +862,18 @@ class Run:
             fail(f"the checkpoint does not fit the arguments: {error}")
 
     def close(self):
-        """Save, say how to go on, and exit with 128 + signal if one stopped the run."""
+        """Evaluate at the end, save, say how to go on; exit with 128 + signal if one stopped it."""
+        finished = self.step >= self.args.total_timesteps
+        if finished and self.evaluated < self.step:
+            self.evaluate(*(self.parts[part] for part in POLICY))
         self.save()
-        self.save("policy.pt", POLICY)
+        self.save("policy.pt", only=POLICY)
         for thing in (self.bar, self.envs, self.eval_envs, self.writer, self.lock):
             thing.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         again = f"python {sys.argv[0]} --resume {self.folder / 'checkpoint.pt'}"
-        if self.step >= self.args.total_timesteps:
+        if finished and (self.stop_signal is None or self.evaluated == self.step):
             return self.say(f"finished; to train longer: {again} --total-timesteps N")
         self.say(f"checkpoint written at step {self.step}; go on with: {again}")
         sys.exit(128 + self.stop_signal)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -51,9 +52,8 @@ def test_checkpoints_by_the_clock(frequency, saves, monkeypatch, tmp_path):
     """Ten minutes after the last one, unless only the end is asked for."""
     now, saved, save = [1000.0], [], sac.Run.save
     monkeypatch.setattr(sac.time, "time", lambda: now[0])
-    monkeypatch.setattr(
-        sac.Run, "save", lambda run, *policy: policy or (saved.append(run.step), save(run))
-    )
+    whole = lambda run: (saved.append(run.step), save(run))
+    monkeypatch.setattr(sac.Run, "save", lambda run, *policy, **_: policy or whole(run))
     count = sac.Run.count
 
     def tick(run, *rest, **more):
@@ -98,8 +98,8 @@ def test_the_checkpoint_resumed_from_does_not_stay_mapped(script, monkeypatch, t
     assert run_script(monkeypatch, script, *flags) == 0
     maps, save = [], script.Run.save
 
-    def save_and_look(run, *policy):
-        save(run, *policy)
+    def save_and_look(run, *policy, **only):
+        save(run, *policy, **only)
         maps.append([line for line in open("/proc/self/maps") if run.folder.name in line])
 
     monkeypatch.setattr(script.Run, "save", save_and_look)
@@ -127,9 +127,8 @@ def test_a_full_disk_is_named(monkeypatch, tmp_path):
 
 def test_the_last_checkpoint_is_written_once(monkeypatch, tmp_path):
     saved, save = [], sac.Run.save
-    monkeypatch.setattr(
-        sac.Run, "save", lambda run, *policy: policy or (saved.append(run.step), save(run))
-    )
+    whole = lambda run: (saved.append(run.step), save(run))
+    monkeypatch.setattr(sac.Run, "save", lambda run, *policy, **_: policy or whole(run))
     args = sac.Args(env_id="Pendulum-v1", total_timesteps=60, checkpoint_frequency=20, **SIZES)
     sac.main(args)
     assert saved == [20, 40, 60]
@@ -153,6 +152,21 @@ def test_full_disk_leaves_the_last_checkpoint(script, flags, tmp_path):
     assert run.returncode == 1
     assert "error: cannot write the checkpoint" in run.stderr and "Traceback" not in run.stderr
     assert good.read_bytes() == before and not list(tmp_path.glob("runs/*/*.tmp"))
+
+
+def test_a_policy_that_cannot_be_written_costs_no_run(monkeypatch, tmp_path, capsys):
+    save = torch.save
+
+    def full(state, file):
+        if "policy" in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run_script(monkeypatch, sac, *PENDULUM, "--total-timesteps", 60) == 0
+    assert load(run_dirs(tmp_path)[0])["global_step"] == 60
+    assert re.search("cannot write .*policy_best.pt: the disk is full", capsys.readouterr().out)
+    assert not list(tmp_path.glob("runs/*/*.tmp"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -84,6 +84,11 @@ def test_best_and_last_policy_are_kept(script, monkeypatch, tmp_path, capsys):
     script.main(resume)
     best = torch.load(run_dir / "policy_best.pt", weights_only=True)
     assert (best["global_step"], best["best_return"]) == (40, 3.0)
+    best["best_return"] = 9.0  # of a later evaluation than the checkpoint, before a kill
+    torch.save(best, run_dir / "policy_best.pt")
+    means, resume.total_timesteps = iter([8.0]), 120
+    script.main(resume)
+    assert torch.load(run_dir / "policy_best.pt", weights_only=True)["best_return"] == 9.0
     with pytest.raises(SystemExit):
         resume.resume = str(run_dir / "policy.pt")
         script.main(resume)
@@ -102,3 +107,30 @@ def test_an_evaluation_heeds_signals(signum, tmp_path):
     assert load(run_dirs(tmp_path)[0])["global_step"] == 20
     with pytest.raises(KeyError):  # it was cut short
         scalars(run_dirs(tmp_path)[0], "eval/episodic_return")
+
+
+@pytest.mark.parametrize("half", [1, 2])
+def test_an_evaluation_cut_short_leaves_no_trace_and_is_made_up_for(half, monkeypatch, tmp_path):
+    """The last one, by a signal while the first or the second policy acts; then --resume."""
+    reset, resets = sac.gym.vector.SyncVectorEnv.reset, []
+
+    def signal_at(envs, **options):
+        if envs.num_envs == 3:
+            resets.append(None)
+            if len(resets) == half:
+                signal.raise_signal(signal.SIGTERM)
+        return reset(envs, **options)
+
+    monkeypatch.setattr(sac.gym.vector.SyncVectorEnv, "reset", signal_at)
+    args = run_args(sac, total_timesteps=60, eval_frequency=0, eval_episodes=3)
+    with pytest.raises(SystemExit) as exit_:
+        sac.main(args)
+    (run_dir,) = run_dirs(tmp_path)
+    assert exit_.value.code == 128 + signal.SIGTERM and not (run_dir / "policy_best.pt").exists()
+    with pytest.raises(KeyError):
+        scalars(run_dir, "eval/episodic_return")
+    args.resume = str(run_dir / "checkpoint.pt")
+    sac.main(args)
+    for name in ("episodic_return", "episodic_return_mean_action"):
+        assert [step for step, _ in scalars(run_dir, f"eval/{name}")] == [60]
+    assert load(run_dir)["evaluated"] == 60 and (run_dir / "policy_best.pt").exists()

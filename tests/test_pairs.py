@@ -23,14 +23,14 @@ SHARED = {  # definitions, and methods, of the same text in both files
     latent_critic_loss latent_value temperature_loss""",
 }
 LINES = {  # above the frame, and whole
-    "sac_continuous.py": (255, 805),
-    "diffsac_continuous.py": (390, 940),
-    "wpo_continuous.py": (315, 850),
-    "diffwpo_continuous.py": (435, 985),
-    "ppo_continuous.py": (280, 840),
-    "diffppo_continuous.py": (370, 925),
-    "crossq_continuous.py": (345, 940),
-    "dime.py": (410, 1000),
+    "sac_continuous.py": (255, 815),
+    "diffsac_continuous.py": (390, 950),
+    "wpo_continuous.py": (315, 860),
+    "diffwpo_continuous.py": (435, 995),
+    "ppo_continuous.py": (280, 850),
+    "diffppo_continuous.py": (370, 935),
+    "crossq_continuous.py": (345, 950),
+    "dime.py": (410, 1010),
 }
 MOST_OF_MAIN = 100
 

@@ -48,6 +48,8 @@ def test_side_by_side_pages_show_all_lines(pair):
         if line[0] in "+-":
             assert line[2:] in open_, line
     assert re.search(r'DIFF: <a href="../../\w+/#eq-W?\d+">\(W?\d+\)</a>', page)
+    for line in re.findall(r'<code class="old">((?:(?!</code>).)*)</code>', page):
+        assert f'"../../{short(pair.second)}/' not in line  # its numbers are of the first file
     assert len(re.findall("[0-9]+ frame: the same text", page)) == 1
 
 
@@ -69,11 +71,22 @@ def test_code_beside_an_equation_follows_the_script(path, monkeypatch, tmp_path)
 
 
 def test_an_equation_without_code_is_refused(capsys):
-    text = pages.HEAD + "| (1) | $x$ | `no_such_function` |\n"
-    with pytest.raises(SystemExit, match="no_such_function"):
-        pages.with_code(ROOT / "docs" / "sac.md", text)
+    for where in ("`nowhere`", "`critic_loss`, `nowhere`", "in `nowhere`", "the same: `nowhere`"):
+        with pytest.raises(SystemExit, match="named nowhere"):
+            pages.with_code(ROOT / "docs" / "sac.md", pages.HEAD + f"| (1) | $x$ | {where} |\n")
     with pytest.raises(SystemExit, match="no page of sac"):
         pages.equation_link("99", "sac")
+
+
+def test_github_leaves_the_equations_alone():
+    """Its Markdown eats backslashes before punctuation, and emphasises from }_ to the next _{."""
+    count = 0
+    for path in ALGORITHMS:
+        for formula in re.findall(r"\$\$?([^$\n]+)\$", path.read_text()):
+            assert not re.search(r"\\[^A-Za-z]|\*", formula), (path.name, formula)
+            assert not re.search(r"[^\W_]?\W_.*[^\W_]_\W", formula), (path.name, formula)
+            count += 1
+    assert count > 60
 
 
 class Links(HTMLParser):

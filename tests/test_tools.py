@@ -170,7 +170,7 @@ def test_gain_over_the_twin(tmp_path, capsys):
     assert 0 <= low < 3.5 / 6 < high <= 1
 
 
-def test_figure_over_hours_and_published_points(tmp_path, monkeypatch):
+def test_figure_over_hours_and_published_points(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)
     files = []
@@ -182,10 +182,15 @@ def test_figure_over_hours_and_published_points(tmp_path, monkeypatch):
     plot.figure(files, to=tmp_path, over="hours")
     hours = drawn[-1].axes[0].lines[0].get_xdata()
     np.testing.assert_allclose(hours, [(300 + 1200) / 2 / 3600, 1500 / 3600])
+    plot.figure(files, to=tmp_path, metric="charts/SPS", over="hours")
+    hours = drawn[-1].axes[0].lines[0].get_xdata()
+    np.testing.assert_allclose(hours[1:], [1500 / 2 / 3600, 1500 / 3600])
     table = "# source\nenv_id,name,step,value,label\n"
     table += "Some-v0,ppo,900,7,theirs\nOther-v0,ppo,900,8,no\nSome-v0,sac,900,9,no\n"
     (tmp_path / "published.csv").write_text(table)
     plot.figure(files, to=tmp_path, published=tmp_path / "published.csv")
+    for flags in ({"over": "hours"}, {"against": "gamma"}):
+        refused(capsys, plot.figure, files, published=tmp_path / "published.csv", **flags)
     points = [line for line in drawn[-1].axes[0].lines if line.get_marker() == "x"]
     assert [(line.get_label(), *line.get_xydata()[0]) for line in points] == [("theirs", 900, 7)]
 

@@ -59,6 +59,8 @@ def load_actor(path):
     """The actor of a checkpoint, whichever script wrote it; the checkpoint; the script's module."""
     try:
         script = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
+    except FileNotFoundError:
+        fail(f"there is no {path} (policy_best.pt comes with the first evaluation)")
     except Exception as error:
         fail(f"{path} is no checkpoint of these scripts ({type(error).__name__})")
     if not (ROOT / f"{script}.py").exists():
@@ -78,8 +80,12 @@ def follow(env):
     if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
         import mujoco
 
-        camera = mujoco.mjtObj.mjOBJ_CAMERA
-        renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")
+        number = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        if number >= 0:
+            renderer.camera_id = number  # of films; a window has its own
+            if env.unwrapped.render_mode == "human":
+                renderer.viewer.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
+                renderer.viewer.cam.fixedcamid = number
 
 
 def make_env(args, checkpoint, module):
@@ -97,9 +103,9 @@ def make_env(args, checkpoint, module):
     try:
         env = gym.make(env_id, **({"render_mode": mode} if mode else {}))
         if mode:
-            follow(env)
             env.reset(seed=args.seed)
             env.render()  # fails here, before a film is begun
+            follow(env)
         if args.video:
             name, every = re.sub(r"[^\w.-]", "-", env_id), lambda episode: True
             env = gym.wrappers.RecordVideo(env, str(args.video), every, name_prefix=name)

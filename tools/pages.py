@@ -77,10 +77,13 @@ def with_code(page, text):
 
     def pair(row):
         name, equation, where = cells_of(row)
-        codes = {word: code_of(source, word) for word in re.findall(r"`([\w.]+)`", where)}
-        codes = {word: code for word, code in codes.items() if code}
-        if "`" in where and not codes and "the same" not in where and "in `" not in where:
-            sys.exit(f"error: {page.name}: nothing in {script} is named {where}")
+        functions, _, variables = where.partition(": ")
+        codes = {word: code_of(source, word) for word in re.findall(r"`([\w.]+)`", functions)}
+        missing = [word for word, code in codes.items() if not code]
+        for word in re.findall(r"`(\w+)`", variables):
+            missing += [] if re.search(rf"^ +{word} = ", source, re.M) else [word]
+        if missing:
+            sys.exit(f"error: {page.name}: nothing in {script} is named {', '.join(missing)}")
         if re.fullmatch(r"\$.*\$", equation):
             equation = f"${equation}$"
         anchors = "".join(f'<span id="eq-{n}"></span>' for n in numbers(name))
@@ -127,7 +130,7 @@ def side_by_side(pair):
     old_html, new_html = map(colour, texts)
     script = short(pair.second)
 
-    def cell(lines, i, kind):
+    def cell(lines, i, kind, script=script):
         if i is None:
             return '<span class="no"></span><code class="empty"></code>'
         line = lines[i]
@@ -148,7 +151,8 @@ def side_by_side(pair):
         size = max(len(a), len(b))
         a, b = (x + [None] * (size - len(x)) for x in (a, b))
         return [
-            cell(old_html, i, "old") + cell(new_html, j, "new") for i, j in zip(a, b, strict=True)
+            cell(old_html, i, "old", short(pair.first)) + cell(new_html, j, "new")
+            for i, j in zip(a, b, strict=True)
         ]
 
     def block(rows):

@@ -18,6 +18,7 @@ Keep runs as csv files, with arguments, versions, commit and command; all comman
     python tools/plot.py export runs/Pendulum-v1__* --to my_results
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -153,22 +154,27 @@ def export(
         print(path)
 
 
-def hours(run):
-    """Hours of training until each evaluation, by the logged speed (of a run never resumed)."""
-    speed, evaluations = (run.curves[run.curves.metric == m] for m in ("charts/SPS", RETURN))
-    spent = np.interp(evaluations.step, speed.step, speed.step / speed.value / 3600)
-    return evaluations.assign(value=spent)
+def hours(run, metric):
+    """Hours of training until each value of a metric; none for a run that was resumed."""
+    speed, curve = (run.curves[run.curves.metric == name] for name in ("charts/SPS", metric))
+    if speed.empty or run.facts.get("resume", "None") != "None":
+        return curve.iloc[:0]
+    return curve.assign(value=np.interp(curve.step, speed.step, speed.step / speed.value / 3600))
 
 
-def curves_of(runs, metric, key=()):
-    """{environment: {(name, values of key): table with a row a step and a column a seed}}."""
+def curves_of(runs, metric, key=(), clock=False):
+    """{environment: {(name, values of key): table with a row a step and a column a seed}}.
+
+    With `clock` the values are hours of training.
+    """
     found = defaultdict(lambda: defaultdict(dict))
     for path, run in read(runs):
-        curve = hours(run) if metric == "hours" else run.curves[run.curves.metric == metric]
+        curve = hours(run, metric) if clock else run.curves[run.curves.metric == metric]
         curve = curve.drop_duplicates("step", keep="last")
         name = run.facts["exp_name"].removesuffix("_continuous")
         if curve.empty:
-            print(f"warning: {path} has no {metric}: left out", file=sys.stderr)
+            what = f"speeds, or was resumed, or has no {metric}" if clock else metric
+            print(f"warning: {path} has no {what}: left out", file=sys.stderr)
             continue
         columns = found[run.facts["env_id"]][name, *(run.facts.get(k) for k in key)]
         if run.facts["seed"] in columns:
@@ -242,19 +248,25 @@ def figure(
     """
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     key = (against,) if against else distinguish
-    clock = curves_of(runs, "hours", key) if over == "hours" else {}
+    if published and (against or over == "hours"):
+        fail("--published needs environment steps on the axis")
+    clock = curves_of(runs, metric, key, clock=True) if over == "hours" else {}
     for env_id, groups in curves_of(runs, metric, key).items():
         if against and not all(re.fullmatch(r"[\d.e+-]+", str(value)) for _, value in groups):
             fail(f"the runs have no numeric argument {against}")
         drawing, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-        rest = iter(3 * ["#999999", "#882255", "#44AA99", "#DDCC77"])
+        rest = itertools.cycle(["#999999", "#882255", "#44AA99", "#DDCC77"])
         for name in sorted({name for name, *_ in groups} if against else groups):
             colour = COLOURS.get(name if against else label(*name, key=key)) or next(rest)
             if against:
                 finals = {float(x): t.iloc[-1] for (n, x), t in groups.items() if n == name}
                 draw_finals(axis, name, colour, finals)
                 continue
-            x = clock[env_id][name].mean(axis=1) if clock else groups[name].index
+            x = groups[name].index
+            if clock:
+                if name not in clock.get(env_id, {}):
+                    continue
+                x = clock[env_id][name].mean(axis=1).reindex(x)
             draw_curves(axis, label(*name, key=key), colour, groups[name], x, stat)
         if published:
             points = pd.read_csv(published, comment="#").query("env_id == @env_id")
@@ -263,7 +275,7 @@ def figure(
                     colour = COLOURS.get(name, "black")
                     axis.plot(point.step, point.value, "x", color=colour, label=label_)
         axis.set(title=env_id, ylabel=metric.split("/")[1].replace("_", " "))
-        axis.set_xlabel("hours on one core" if clock else "environment steps")
+        axis.set_xlabel("hours of training" if clock else "environment steps")
         if against:
             axis.set_xscale("log", base=2)
             axis.set_xlabel(against.replace("_", " "))
