@@ -77,16 +77,14 @@ def test_pages_name_only_files_that_are_there():
 def test_the_actor_alone_works_in_other_code():
     """What docs/policy.md says to copy is enough for its example."""
     page = (ROOT / "docs" / "policy.md").read_text()
-    names = re.search(r"Copy four definitions of .*?: (.*?), with the imports", page)[1]
+    names = re.search(r"Copy four definitions of .*?: (.*?)\. Then", page)[1]
     example = next(code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "qf" in code)
-    source = (ROOT / "diffsac_continuous.py").read_text()
-    copied = "import math\nfrom typing import NamedTuple\nimport torch\nimport torch.nn as nn\n"
-    copied += "import torch.nn.functional as F\n"
-    for node in ast.parse(source).body:
+    copied = ""
+    for node in ast.parse(source := (ROOT / "diffsac_continuous.py").read_text()).body:
         name = getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [node])[0])
         if f"`{name.strip('()')}`" in names:
             copied += ast.get_source_segment(source, node) + "\n"
-    space = {"alpha": 0.2, "qf": lambda obs, action: action.sum(-1)}
-    exec(copied + example, space)
+    space = {}
+    exec(example.replace("# the four definitions\n", copied), space)
     space["loss"].backward()
     assert space["actor"].fc_control.weight.grad.abs().sum() > 0

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import tyro
 
+DISPLAYS = {"DISPLAY", "WAYLAND_DISPLAY"}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -96,8 +97,10 @@ def make_env(args, checkpoint, module):
     if args.video and not importlib.util.find_spec("moviepy"):
         fail("--video needs the package moviepy: pip install moviepy")
     if args.render and sys.platform == "linux":
-        if not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
-            fail("--render needs a display; --video films without one")
+        if not os.environ.keys() & DISPLAYS:
+            fail("--render needs a display; to film without one: --video videos --episodes 1")
+    if args.video and sys.platform == "linux" and not os.environ.keys() & DISPLAYS:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported
     mode = "human" if args.render else "rgb_array" if args.video else None
     module.make_envs(env_id, 1).close()  # refuses what the script refuses
     try:
@@ -111,7 +114,7 @@ def make_env(args, checkpoint, module):
             env = gym.wrappers.RecordVideo(env, str(args.video), every, name_prefix=name)
         env = module.Interface(env)
     except Exception as error:  # of pictures above all: packages and drivers of all kinds
-        fail(f"cannot open {env_id}: {error}")
+        fail(f"cannot open {env_id}{' for pictures (docs/pictures.md)' * bool(mode)}: {error}")
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     if sizes != (len(checkpoint["obs_rms"]["mean"]), len(checkpoint["action_low"])):
         fail(f"the policy is of {checkpoint['args'].env_id}, whose spaces {env_id} does not have")
@@ -134,6 +137,7 @@ def main(args: Args):
             total, length, ended = total + reward, length + 1, terminated or truncated
         returns.append(total)
         lengths.append(length)
+        print(f"episode {episode + 1}: return {total:.1f}", file=sys.stderr)
     env.close()
     facts = {"checkpoint": str(args.checkpoint), "env_id": env.unwrapped.spec.id}
     facts |= {"global_step": checkpoint["global_step"], "mean_action": args.mean_action}
