@@ -259,3 +259,13 @@ for fault in ("raises", "nan", "infinite", "shape"):
     gym.register(
         f"Misbehaves-{fault}-v0", lambda fault=fault: Misbehaves(fault), max_episode_steps=200
     )
+
+
+def scaled_pendulum(factor):
+    """Pendulum-v1 with its rewards multiplied."""
+    env = gym.make("Pendulum-v1")
+    return gym.wrappers.TransformReward(env, lambda reward: factor * reward)
+
+
+for name, factor in {"Pendulum100th-v0": 0.01, "Pendulum100-v0": 100.0}.items():
+    gym.register(name, lambda factor=factor: scaled_pendulum(factor))

@@ -278,3 +278,16 @@ def test_on_policy_temperature_is_annealed_geometrically(script, monkeypatch, tm
         assert alpha == pytest.approx(value) and scale != pytest.approx(1, abs=0.01)
         assert in_loss == pytest.approx([alpha * scale] * 4)
     assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", "--alpha-anneal", 0.5) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,factor", [("Pendulum100th-v0", 0.01), ("Pendulum100-v0", 100.0)])
+@over(CATEGORICAL)
+def test_learns_with_rewards_in_any_units(script, name, factor, tmp_path):
+    """As on Pendulum-v1, where this seed ends at -110."""
+    flags = "--total-timesteps 20000 --learning-starts 1000 --eval-frequency 0 --hidden-dim 128"
+    flags += f" --critic-dim 128 --env-id tests.scripted_env:{name}"
+    flags += " --diffusion-steps 4" * (script.__name__ == "dime")
+    script.main(script.tyro.cli(script.Args, args=flags.split()))
+    ((_, found),) = scalars(run_dirs(tmp_path)[0], "eval/episodic_return")
+    assert found / factor > -150
