@@ -773,7 +773,7 @@ class Run:
             self.check({f"{part}.{key}": value for key, value in state[part].items()})
         state |= {"script": Path(__file__).stem, "args": asdict(self.args)}
         state |= {"global_step": self.step, **self.envs.get_attr("bounds")[0]}
-        state |= {"evaluated": self.evaluated, "best_return": self.best_return}
+        state |= {"best_return": self.best_return} if only else {"evaluated": self.evaluated}
         path, temporary = self.folder / name, self.folder / f"{name}.tmp"
         try:
             self.writer.flush()  # a checkpoint is never ahead of the curves

@@ -9,6 +9,7 @@ import importlib.util
 import re
 import shutil
 import threading
+import time
 from html.parser import HTMLParser
 from urllib.parse import urldefrag, urljoin, urlparse
 
@@ -175,8 +176,11 @@ def test_pages_in_a_browser(browser, site, width):
     drawn = 0
     for path in sorted(site.rglob("index.html")):
         chromium.get(f"{base}{path.parent.relative_to(site)}/")
-        for fold in chromium.find_elements("tag name", "summary"):
-            chromium.execute_script("arguments[0].click()", fold)
+        for _ in range(20):  # until the page's own scripts are done
+            folds = chromium.find_elements("css selector", "details:not([open]) > summary")
+            for fold in folds:
+                chromium.execute_script("arguments[0].click()", fold)
+            time.sleep(0.05 if folds else 0)
         state = chromium.execute_script(
             """return {
                 width: document.documentElement.scrollWidth,
