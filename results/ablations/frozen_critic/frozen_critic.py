@@ -5,7 +5,7 @@
 From each checkpoint the actor is trained on with Q, temperature and normaliser fixed, and equation
 (3) is measured (the same states and noises each time; lower is better). `chain` differentiates
 (3); `step` is (7) to (9), its latent critic being trained on as well; `exact` is (8) with the rest
-of the chain in place of the latent critic.
+of the chain in place of the latent critic. A run of `chain` has no latent critic: only `chain`.
 """
 
 import copy
@@ -88,10 +88,11 @@ def main(paths):
     for path in paths:
         checkpoint = diffsac.load_checkpoint(path)
         args, alpha = checkpoint["args"], checkpoint["temperature"]["log_alpha"].exp().item()
-        for gradient in ("chain", "exact", "step"):
+        gradients = ("chain", "exact", "step")
+        for gradient in gradients[:1] if args.actor_gradient == "chain" else gradients:
             for update, loss, bound in follow(checkpoint, gradient):
-                words = f"{args.env_id}__{args.seed},{alpha:.4f},{gradient},{update}"
-                print(f"{words},{loss:.4f},{bound:.3f}", flush=True)
+                name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+                print(f"{name},{alpha:.4f},{gradient},{update},{loss:.4f},{bound:.3f}", flush=True)
 
 
 if __name__ == "__main__":
