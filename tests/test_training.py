@@ -209,11 +209,7 @@ def test_temperature_is_annealed_geometrically(script, small, monkeypatch, tmp_p
     flags = "--no-autotune --alpha 0.1 --alpha-anneal 50 --total-timesteps 500".split()
     assert run_script(monkeypatch, script, "--env-id", "Pendulum-v1", *small, *flags) == 0
     logged = dict(scalars(run_dirs(tmp_path)[0], "losses/alpha"))
-    for step in (
-        100,
-        200,
-        300,
-    ):
+    for step in (100, 200, 300):
         expected = 0.1 * 50 ** (1 - (step - 1) / 350)
         assert logged[step] == pytest.approx(expected, rel=0.012)  # DIME delays the actor
     assert logged[400] == logged[500] == pytest.approx(0.1)
