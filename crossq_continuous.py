@@ -5,7 +5,7 @@ renormalisation takes the place of their moving averages. As in DIME each return
 over atoms z_i (C51, arXiv 1707.06887); --num-atoms 1 gives CrossQ's scalar ones. For transitions
 (s, a, r, s') from the replay buffer, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
-    target       (Z_1 + Z_2)(s', a') / 2 with each atom z_i moved to
+    target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
                  r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms  (1)
     critic       E[ sum_j cross-entropy of Z_j(s, a) to (1) - 0.005 entropy of Z_j(s, a) ]       (2)
     actor        E[ alpha log pi(a_new|s) - mean_j E[ Z_j(s, a_new) ] ]                          (3)
@@ -91,12 +91,12 @@ class Args:
 # ALGO LOGIC: networks and losses
 def lecun_normal(weight, fan_in):
     """Truncated normal values of variance 1 / fan_in, in place: the authors' initial weights."""
-    std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations takes this factor away
+    std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations leaves this share of it
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275); r = 1, d = 0 in `warmup` batches."""
+    """Batch renormalisation (arXiv 1702.03275); r = 1, d = 0 in the first `warmup` batches."""
 
     def __init__(self, features, momentum=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
         super().__init__()
@@ -111,7 +111,7 @@ class BatchRenorm(nn.Module):
     def forward(self, x, train):
         """Normalise x (2, batch, features) by the running mean and variance.
 
-        `train`: by the batch's, with a correction r, d towards the running ones, which move.
+        `train`: by the batch's; constants r, d make of it that by the running ones, which move.
         """
         running_std = (self.var + self.eps).sqrt()
         if not train:
@@ -165,7 +165,7 @@ class SoftQNetwork(nn.Module):
 
 
 def squash(latent):
-    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    """Action tanh(latent) and the log-determinant (...) of this map; latent (..., dim)."""
     action = torch.tanh(latent)
     log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
     return action, log_slope.sum(-1)
@@ -279,6 +279,7 @@ def main(args: Args):
         if args.normalize_rewards:
             batch = batch._replace(rewards=batch.rewards * return_scaler.factor())
         alpha = temperature.log_alpha.detach().exp()
+
         with torch.no_grad():
             next_actions, next_log_prob = actor.sample(batch.next_obs)
         q_loss, q, clipped = critic_loss(qf, batch, next_actions, alpha * next_log_prob, args)
@@ -335,8 +336,7 @@ def main(args: Args):
         if metrics and run.due(100):
             run.log(metrics)
             if metrics["losses/clipped_targets"].mean() > 0.01:  # shown once
-                text = "over 1 % of the targets are outside --v-min, --v-max: widen them"
-                warnings.warn(text, stacklevel=1)
+                warnings.warn("over 1 % of targets lie outside --v-min, --v-max", stacklevel=1)
         if run.due(args.eval_frequency):
             run.evaluate(actor, obs_rms)
         run.save_when_due()

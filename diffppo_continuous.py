@@ -19,7 +19,7 @@ a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions 
     free step    n(x|a^k)    = N( sqrt(1 - delta_k) a^k, nu^2 delta_k I ),  which keeps p       (7)
     log pi       log q - log n at each step, and at the end log p(a^0) - log |da / da^0|        (8)
     discounts    gamma = lambda = 1 inside a chain                                              (9)
-    plus         -alpha rho log n, rho held constant, where it is not clipped: delta moves n   (10)
+    plus         in (4) -alpha rho log n, rho held constant, where unclipped: delta moves n    (10)
 
 delta_k and std_k are learned, each for each step and dimension. (8) stands for log pi in (1) and
 (3), and its sum is an upper bound (in the mean) of log pi(a|s); the ratio rho of (4) is q / q_old.
@@ -100,7 +100,7 @@ class Args:
     diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 0.5  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
-    delta_last: float = 0.01  # delta_1 of the last of several; geometric
+    delta_last: float = 0.01  # delta_1 of the last, if K > 1; geometric
     learn_delta: bool = True  # learn delta per step and dimension
 
 
@@ -128,7 +128,7 @@ def mlp(inputs, outputs, hidden_dim, last_gain):
 
 
 def squash(latent):
-    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    """Action tanh(latent) and the log-determinant (...) of this map; latent (..., dim)."""
     action = torch.tanh(latent)
     log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
     return action, log_slope.sum(-1)
@@ -158,7 +158,7 @@ class Actor(nn.Module):
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
         inputs = obs_dim + action_dim + self.steps  # (s, a^k, k)
-        self.net = mlp(inputs, action_dim, args.hidden_dim, last_gain=0.0)
+        self.net = mlp(inputs, action_dim, args.hidden_dim, last_gain=0.0)  # c = 0 at first
         self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log())  # row k - 1 for step k
 
     def free_steps(self):
@@ -240,10 +240,10 @@ def make_rows(actor, critic, obs_rms, return_scaler, rollout, alpha, args):
     following = torch.cat((values[1:, 0], fresh[-1:]))  # the rollout's next chain, where one is
     following = torch.where(rollout.dones == 1, fresh, following)
     next_values = torch.cat((values[:, 1:], following[:, None]), dim=1)
-    discounts, lambdas, dones = (torch.ones_like(values) for _ in range(3))  # DIFF: (9)
-    discounts[:, -1] = args.gamma * (1 - rollout.terminations)
-    lambdas[:, -1] = args.gae_lambda
-    dones[:, :-1], dones[:, -1] = 0.0, rollout.dones
+    discounts, lambdas = torch.ones_like(values), torch.ones_like(values)  # DIFF: (9)
+    discounts[:, -1], lambdas[:, -1] = args.gamma * (1 - rollout.terminations), args.gae_lambda
+    dones = torch.zeros_like(values)
+    dones[:, -1] = rollout.dones
     axis = rewards * scale, values, next_values, discounts, lambdas, dones
     advantages = gae(*(x.flatten(0, 1) for x in axis)).view_as(values)
     explained = 1 - advantages.var() / ((values + advantages).var() + 1e-8)
@@ -262,7 +262,7 @@ def actor_loss(log_prob, old_log_prob, advantages, clip_coef):
 
 
 def free_step_loss(log_n, ratio, advantages, clip_coef, alpha):
-    """Equation (10), on the rows where the clipped surrogate has a gradient."""
+    """Equation (10), with alpha in the units of `advantages`, where (4) has a gradient."""
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     weight = (ratio * (ratio * advantages <= clipped * advantages)).detach()
     return -(alpha * weight * log_n).mean()  # DIFF: (10)
@@ -303,7 +303,7 @@ def main(args: Args):
     rollout = Rollout(*(torch.zeros(size, device=device) for size in shapes))
     parts = dict(actor=actor, critic=critic, obs_rms=obs_rms, return_scaler=return_scaler)
     run = Run(args, envs, parts | dict(optimizer=optimizer))  # folder, log, checkpoints; resumes
-    rate = optimizer.param_groups[0]["lr"]
+    rate = optimizer.param_groups[0]["lr"]  # a resumed optimiser has a tensor of its own
 
     def act(obs):
         latents = actor.latents(obs)

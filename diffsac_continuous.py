@@ -8,22 +8,25 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-Only the policy changes: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
+The policy changes: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
-The density of a is unknown. In (1), (3) and (4) an upper bound (in the mean) replaces log pi.
-A chain without control has density p at every step; control adds its cost:
+log pi is unknown. In (1), (3) and (4) stands (6) in its place, in the mean an upper bound of it. A
+chain without control has density p at every step; control adds its cost:
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
---actor-gradient chain differentiates (3) through all K steps. The paper's, step, goes through one
-and asks a critic V of the latents about the rest, V_j being a mean over the chains through a^j; a'
-and its chain serve as a_new in (4) and (8):
+--actor-gradient chain differentiates (3) through all K steps. step, the paper's and the default,
+replaces (3) by (8): it goes through one step and asks a critic V of the latents about the rest. In
+(4), (7) and (8) s and a are then s' and a' of (1), and a^j is of their chain. V_j is a mean over
+the chains through a^j; V_0 is known, and takes Q in place of Q̄:
 
-    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2) ] (7)
+    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2) ] (7)
     actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   k uniform, a^k held constant         (8)
     or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c    (9)
+
+D estimates the KL divergence of the chain of c from that of c': one step's, times K.
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -99,7 +102,7 @@ class Args:
     diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 1.0  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
-    delta_last: float = 0.01  # delta_1 of the last of several; geometric
+    delta_last: float = 0.01  # delta_1 of the last, if K > 1; geometric
     learn_delta: bool = True  # learn delta per step and dimension
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9); step only
@@ -128,7 +131,7 @@ class SoftQNetwork(nn.Module):
 
 
 def squash(latent):
-    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    """Action tanh(latent) and the log-determinant (...) of this map; latent (..., dim)."""
     action = torch.tanh(latent)
     log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
     return action, log_slope.sum(-1)
@@ -171,7 +174,7 @@ class Actor(nn.Module):
         return (1 - delta).sqrt(), self.prior_std * delta.sqrt()
 
     def control(self, obs_features, latent, k):
-        """c(s, a^k, k), (..., action_dim), of `fc_obs(obs)` and a^k; k an integer, or (...)."""
+        """c(s, a^k, k), (..., action_dim), of `fc_obs(obs)` and a^k; k broadcasts to (...)."""
         x = F.relu(obs_features + self.fc_step.weight[k - 1] + self.fc_latent(latent))
         return self.fc_control(F.relu(self.fc2(x))).to(latent.dtype)
 
@@ -196,7 +199,7 @@ class Actor(nn.Module):
         return action, (normal - math.log(self.prior_std)).sum(-1) - log_det
 
     def outcome(self, chain):
-        """Action (batch, action_dim) of a chain, and the log-ratio (6), (batch,)."""
+        """Action (batch, action_dim) of a chain, and the bound (6), (batch,)."""
         action, end_cost = self.end_cost(chain.latents[0])
         control_cost = 0.5 * chain.controls.square() + chain.controls * chain.noises
         return action, end_cost + control_cost.sum((0, -1))  # DIFF: (6)
@@ -233,9 +236,9 @@ def actor_loss(actor, qf, obs, alpha):
 
 
 def latent_critic_loss(actor, vf, chain, q, alpha):
-    """Squared error of (7) against what each chain brought; the rows take turns with j."""
+    """Squared errors of the parts of (7), weighted as they act on V; the rows take turns with j."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
-    j = 1 + rows % max(actor.steps - 1, 1)
+    j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
     with torch.no_grad():
         control_cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: steps 1 ... j
         cost = actor.end_cost(chain.latents[0])[1] + control_cost[j - 1, rows]
@@ -250,7 +253,7 @@ def latent_value(actor, qf, vf, obs, latent, alpha):
     inputs = torch.cat((obs, latent, place), dim=-1)
     q_part, cost_part = vf(inputs).to(obs.dtype).unbind(-1)
     value = q_part - alpha * cost_part
-    action, end_cost = actor.end_cost(latent[:: actor.steps])  # rows of k = 1: Q itself is V_0
+    action, end_cost = actor.end_cost(latent[:: actor.steps])  # k = 1: V_0 by (7), with Q for Q̄
     value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
     return value
 
@@ -262,6 +265,7 @@ def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
     latent = chain.latents[k, rows]
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
+    # noise of its own: V has just been fitted to the chain's a^(k-1)
     latent = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
     value = latent_value(actor, qf, vf, obs, latent, alpha)
     surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
@@ -297,8 +301,7 @@ def main(args: Args):
     parts = dict(actor=actor, qf=qf, qf_target=qf_target, temperature=temperature, obs_rms=obs_rms)
     parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
     parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
-    parts |= dict(average_actor=average_actor)
-    parts |= dict(vf=vf, v_optimizer=v_optimizer)
+    parts |= dict(average_actor=average_actor, vf=vf, v_optimizer=v_optimizer)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
 
     def update(batch):
@@ -317,13 +320,12 @@ def main(args: Args):
 
         if args.actor_gradient == "chain":
             pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)
-            descend(actor_optimizer, pi_loss)
         else:
             v_loss = latent_critic_loss(actor, vf, chain, next_q, alpha)
             descend(v_optimizer, v_loss)
             pi_loss, kl = step_actor_loss(actor, average_actor, qf, vf, chain, alpha, args.kl_bound)
             log_prob = next_log_prob
-            descend(actor_optimizer, pi_loss)
+        descend(actor_optimizer, pi_loss)
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)

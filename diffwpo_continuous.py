@@ -10,7 +10,7 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
 
 The actor's step changes. Let a_new = tanh(x), g the density of x, and phi = (mean, std) what the
 network returns. Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it
-can. d phi takes the place of the gradient by phi:
+can. -d phi takes the place of the gradient of (3) by phi:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
@@ -20,21 +20,21 @@ The policy changes too: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = 
 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
-The density of a is unknown. In (1), (3) and (4) an upper bound (in the mean) replaces log pi.
-A chain without control has density p at every step; control adds its cost:
+log pi is unknown. In (1), (3) and (4) stands (6) in its place, in the mean an upper bound of it. A
+chain without control has density p at every step; control adds its cost:
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
-Each step is a Gaussian with x = a^(k-1), and (8) takes the place of (W1). V_j, a mean over the
-chains through a^j, is the value of the steps to come, and n the density of x without control:
+Each step is a Gaussian g of its own x = a^(k-1), and (8) takes the place of (W1). V_j, a mean over
+the chains through a^j, is the value of the steps to come; n is the density of x without control:
 
-    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2) ] (7)
+    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2) ] (7)
     v_k    grad_x V_(k-1)(s, x) - alpha c_k / std_k,   std_k = nu sqrt(delta_k)                 (8)
     or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c    (9)
-    plus   -alpha log n(x), x held constant: delta moves n too                                 (10)
+    plus   -alpha log n(x) in the loss, x held constant: delta moves n too                     (10)
 
 --actor-gradient step takes one step of a chain at s', and learns V from such chains; (4) uses them
-too. chain takes all steps of a chain at s; the gradient through its rest is that of V.
+too. chain takes all steps of a chain at s; the gradient through its rest is V's in the mean.
 
     python diffwpo_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffwpo_continuous.py --resume runs/RUN/checkpoint.pt
@@ -113,7 +113,7 @@ class Args:
     diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 1.0  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
-    delta_last: float = 0.01  # delta_1 of the last of several; geometric
+    delta_last: float = 0.01  # delta_1 of the last, if K > 1; geometric
     learn_delta: bool = True  # learn delta; --no-precondition holds it
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9)
@@ -142,7 +142,7 @@ class SoftQNetwork(nn.Module):
 
 
 def squash(latent):
-    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    """Action tanh(latent) and the log-determinant (...) of this map; latent (..., dim)."""
     action = torch.tanh(latent)
     log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
     return action, log_slope.sum(-1)
@@ -160,7 +160,7 @@ class Chain(NamedTuple):
     noises: torch.Tensor  # (K, batch, action_dim)
 
 
-class Steps(NamedTuple):
+class Moves(NamedTuple):
     """Steps of some chains, one of each (batch, ...) or all of each (K, batch, ...)."""
 
     obs: torch.Tensor  # (batch, obs_dim)
@@ -196,7 +196,7 @@ class Actor(nn.Module):
         return (1 - delta).sqrt(), self.prior_std * delta.sqrt()
 
     def control(self, obs_features, latent, k):
-        """c(s, a^k, k), (..., action_dim), of `fc_obs(obs)` and a^k; k an integer, or (...)."""
+        """c(s, a^k, k), (..., action_dim), of `fc_obs(obs)` and a^k; k broadcasts to (...)."""
         x = F.relu(obs_features + self.fc_step.weight[k - 1] + self.fc_latent(latent))
         return self.fc_control(F.relu(self.fc2(x))).to(latent.dtype)
 
@@ -204,7 +204,8 @@ class Actor(nn.Module):
         """Run the `Chain` of each obs (batch, obs_dim), from the prior to the latent action."""
         shape = (self.steps + 1, obs.shape[0], self.fc_latent.in_features)
         noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
-        noises, prior_noise = noise[:-1].requires_grad_(torch.is_grad_enabled()), noise[-1]
+        noises, prior_noise = noise[:-1], noise[-1]
+        noises.requires_grad_(torch.is_grad_enabled())  # `all_steps` differentiates by them
         latents, controls = [self.prior_std * prior_noise], []
         obs_features, (decay, std) = self.fc_obs(obs), self.kernels()
         for k in range(self.steps, 0, -1):
@@ -221,7 +222,7 @@ class Actor(nn.Module):
         return action, (normal - math.log(self.prior_std)).sum(-1) - log_det
 
     def outcome(self, chain):
-        """Action (batch, action_dim) of a chain, and the log-ratio (6), (batch,)."""
+        """Action (batch, action_dim) of a chain, and the bound (6), (batch,)."""
         action, end_cost = self.end_cost(chain.latents[0])
         control_cost = 0.5 * chain.controls.square() + chain.controls * chain.noises
         return action, end_cost + control_cost.sum((0, -1))  # DIFF: (6)
@@ -251,9 +252,9 @@ def critic_loss(qf, batch, next_value, gamma):
 
 
 def latent_critic_loss(actor, vf, chain, q, alpha):
-    """Squared error of (7) against what each chain brought; the rows take turns with j."""
+    """Squared errors of the parts of (7), weighted as they act on V; the rows take turns with j."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
-    j = 1 + rows % max(actor.steps - 1, 1)
+    j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
     with torch.no_grad():
         control_cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: steps 1 ... j
         cost = actor.end_cost(chain.latents[0])[1] + control_cost[j - 1, rows]
@@ -268,24 +269,24 @@ def latent_value(actor, qf, vf, obs, latent, alpha):
     inputs = torch.cat((obs, latent, place), dim=-1)
     q_part, cost_part = vf(inputs).to(obs.dtype).unbind(-1)
     value = q_part - alpha * cost_part
-    action, end_cost = actor.end_cost(latent[:: actor.steps])  # rows of k = 1: Q itself is V_0
+    action, end_cost = actor.end_cost(latent[:: actor.steps])  # k = 1: V_0 by (7), with Q for Q̄
     value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
     return value
 
 
 def one_step(actor, qf, vf, chain, alpha):
-    """`Steps` of one k for each chain, with the velocity of V; the rows take turns with k."""
+    """`Moves` of one k for each chain, with the velocity of V; the rows take turns with k."""
     rows = torch.arange(len(chain.obs), device=chain.obs.device)
     k = 1 + rows % actor.steps
     x = chain.latents[k - 1, rows].requires_grad_()
     slope = torch.autograd.grad(latent_value(actor, qf, vf, chain.obs, x, alpha).sum(), x)[0]
     control, std = chain.controls[k - 1, rows], actor.kernels()[1][k - 1].detach()
     velocity = slope - alpha * control / std  # DIFF: (8)
-    return Steps(chain.obs, k, chain.latents[k, rows], chain.noises[k - 1, rows], velocity)
+    return Moves(chain.obs, k, chain.latents[k, rows], chain.noises[k - 1, rows], velocity)
 
 
 def all_steps(actor, qf, obs, alpha):
-    """`Steps` of all k for each obs, with the velocity through the chain; and log_prob (batch,)."""
+    """`Moves` of all k for each obs, with the velocity through the chain; and log_prob (batch,)."""
     chain = actor.chain(obs)
     actions, log_prob = actor.outcome(chain)
     value = qf(obs, actions).amin(0) - alpha * log_prob
@@ -293,12 +294,12 @@ def all_steps(actor, qf, obs, alpha):
     velocity = slope / actor.kernels()[1].detach()[:, None]  # DIFF: (8): d/dx = d/dnoise / std
     k = torch.arange(1, actor.steps + 1, device=obs.device)[:, None]
     latents, noises = chain.latents[1:].detach(), chain.noises.detach()
-    return Steps(obs, k, latents, noises, velocity), log_prob
+    return Moves(obs, k, latents, noises, velocity), log_prob
 
 
-def actor_loss(actor, average_actor, steps, alpha, args):
-    """Loss whose gradient is (W2) and (10), or (9); its value means nothing. And D."""
-    obs, k, latent, noise, velocity = steps
+def actor_loss(actor, average_actor, moves, alpha, args):
+    """Loss with gradient (10) minus (W2), or that of (9); its value means nothing. And D."""
+    obs, k, latent, noise, velocity = moves
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
     decay, std = decay[k - 1], std[k - 1]
@@ -342,8 +343,7 @@ def main(args: Args):
     parts = dict(actor=actor, qf=qf, qf_target=qf_target, temperature=temperature, obs_rms=obs_rms)
     parts |= dict(actor_optimizer=actor_optimizer, q_optimizer=q_optimizer)
     parts |= dict(alpha_optimizer=alpha_optimizer, buffer=buffer)
-    parts |= dict(average_actor=average_actor)
-    parts |= dict(vf=vf, v_optimizer=v_optimizer)
+    parts |= dict(average_actor=average_actor, vf=vf, v_optimizer=v_optimizer)
     run = Run(args, envs, parts)  # folder, log, signals, checkpoints; resumes
 
     def update(batch):
@@ -361,12 +361,12 @@ def main(args: Args):
         descend(q_optimizer, q_loss)
 
         if args.actor_gradient == "chain":
-            steps, log_prob = all_steps(actor, qf, batch.obs, alpha)
+            moves, log_prob = all_steps(actor, qf, batch.obs, alpha)
         else:
             v_loss = latent_critic_loss(actor, vf, chain, next_q, alpha)
             descend(v_optimizer, v_loss)
-            steps, log_prob = one_step(actor, qf, vf, chain, alpha), next_log_prob
-        pi_loss, kl = actor_loss(actor, average_actor, steps, alpha, args)
+            moves, log_prob = one_step(actor, qf, vf, chain, alpha), next_log_prob
+        pi_loss, kl = actor_loss(actor, average_actor, moves, alpha, args)
         descend(actor_optimizer, pi_loss)
 
         if args.autotune:

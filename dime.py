@@ -1,6 +1,6 @@
 """DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316).
 
-CrossQ with a diffusion policy; only the actor changes. It is a chain of K steps with a network f
+CrossQ with a diffusion policy; only the actor changes. It is a chain of K steps with controls f
 from a^K ~ N(0, nu^2 I) to a = tanh(a^0). The step sizes eta_k = eta b_k / kappa fall as b_k does, a
 squared cosine; eta and kappa (for each dimension) are learned. In N(mean, variance):
 
@@ -8,14 +8,15 @@ squared cosine; eta and kappa (for each dimension) are learned. In N(mean, varia
     noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                    (6)
     log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|             (7)
 
-L takes the place of log pi(a|s), whose value is unknown: in the mean it is an upper bound of it.
-L' is that of a' at s'. The gradient of (3) passes through all K steps.
+In (1), (3) and (4) L takes the place of log pi, whose value is unknown: in the mean L is an upper
+bound of it. The gradient of (3) passes through all K steps. For transitions (s, a, r, s') from the
+replay buffer, twins Z_j on atoms z_i, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
-    target       (Z_1 + Z_2)(s', a') / 2 with each atom z_i moved to
-                 r + gamma (1 - terminated) (z_i - alpha L'), projected on the atoms             (1)
+    target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
+                 r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms  (1)
     critic       E[ sum_j cross-entropy of Z_j(s, a) to (1) - 0.005 entropy of Z_j(s, a) ]       (2)
-    actor        E[ alpha L - mean_j E[ Z_j(s, a_new) ] ]                                        (3)
-    temperature  -E[ alpha (L + target entropy) ]                                                (4)
+    actor        E[ alpha log pi(a_new|s) - mean_j E[ Z_j(s, a_new) ] ]                          (3)
+    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                  (4)
 
     python dime.py --env-id Humanoid-v4
     python dime.py --resume runs/RUN/checkpoint.pt
@@ -89,7 +90,7 @@ class Args:
     autotune: bool = True  # tune alpha towards the target entropy
     alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
     alpha_lr: float = 1e-3  # learning rate of the temperature
-    target_entropy: float | None = None  # nats, actions in [-1, 1]; -1.665 dim(A)
+    target_entropy: float | None = None  # nats, in [-1, 1]; -1.665 dim(A) at nu 2.5
     normalize_obs: bool = True  # observations by running mean and std
     normalize_rewards: bool = True  # divided by the scale of past returns
 
@@ -101,12 +102,12 @@ class Args:
 # ALGO LOGIC: networks and losses
 def lecun_normal(weight, fan_in):
     """Truncated normal values of variance 1 / fan_in, in place: the authors' initial weights."""
-    std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations takes this factor away
+    std = fan_in**-0.5 / 0.87962566  # truncation at two standard deviations leaves this share of it
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275); r = 1, d = 0 in `warmup` batches."""
+    """Batch renormalisation (arXiv 1702.03275); r = 1, d = 0 in the first `warmup` batches."""
 
     def __init__(self, features, momentum=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
         super().__init__()
@@ -121,7 +122,7 @@ class BatchRenorm(nn.Module):
     def forward(self, x, train):
         """Normalise x (2, batch, features) by the running mean and variance.
 
-        `train`: by the batch's, with a correction r, d towards the running ones, which move.
+        `train`: by the batch's; constants r, d make of it that by the running ones, which move.
         """
         running_std = (self.var + self.eps).sqrt()
         if not train:
@@ -175,7 +176,7 @@ class SoftQNetwork(nn.Module):
 
 
 def squash(latent):
-    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    """Action tanh(latent) and the log-determinant (...) of this map; latent (..., dim)."""
     action = torch.tanh(latent)
     log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
     return action, log_slope.sum(-1)
@@ -339,6 +340,7 @@ def main(args: Args):
         if args.normalize_rewards:
             batch = batch._replace(rewards=batch.rewards * return_scaler.factor())
         alpha = temperature.log_alpha.detach().exp()
+
         with torch.no_grad():
             next_actions, next_log_prob = actor.sample(batch.next_obs)
         q_loss, q, clipped = critic_loss(qf, batch, next_actions, alpha * next_log_prob, args)
@@ -397,8 +399,7 @@ def main(args: Args):
         if metrics and run.due(100):
             run.log(metrics)
             if metrics["losses/clipped_targets"].mean() > 0.01:  # shown once
-                text = "over 1 % of the targets are outside --v-min, --v-max: widen them"
-                warnings.warn(text, stacklevel=1)
+                warnings.warn("over 1 % of targets lie outside --v-min, --v-max", stacklevel=1)
         if run.due(args.eval_frequency):
             run.evaluate(actor, obs_rms)
         run.save_when_due()

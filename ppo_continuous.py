@@ -108,7 +108,7 @@ def mlp(inputs, outputs, hidden_dim, last_gain):
 
 
 def squash(latent):
-    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    """Action tanh(latent) and the log-determinant (...) of this map; latent (..., dim)."""
     action = torch.tanh(latent)
     log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
     return action, log_slope.sum(-1)
@@ -218,7 +218,7 @@ def main(args: Args):
     rollout = Rollout(*(torch.zeros(size, device=device) for size in shapes))
     parts = dict(actor=actor, critic=critic, obs_rms=obs_rms, return_scaler=return_scaler)
     run = Run(args, envs, parts | dict(optimizer=optimizer))  # folder, log, checkpoints; resumes
-    rate = optimizer.param_groups[0]["lr"]
+    rate = optimizer.param_groups[0]["lr"]  # a resumed optimiser has a tensor of its own
 
     def act(obs):
         latents = actor.latents(obs)

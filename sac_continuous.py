@@ -102,7 +102,7 @@ class SoftQNetwork(nn.Module):
 
 
 def squash(latent):
-    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    """Action tanh(latent) and the log-determinant (...) of this map; latent (..., dim)."""
     action = torch.tanh(latent)
     log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
     return action, log_slope.sum(-1)

@@ -10,7 +10,7 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
 
 The actor's step changes. Let a_new = tanh(x), g the density of x, and phi = (mean, std) what the
 network returns. Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it
-can. d phi takes the place of the gradient by phi:
+can. -d phi takes the place of the gradient of (3) by phi:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
@@ -117,7 +117,7 @@ class SoftQNetwork(nn.Module):
 
 
 def squash(latent):
-    """Action tanh(latent) and the log-determinant (batch,) of this map."""
+    """Action tanh(latent) and the log-determinant (...) of this map; latent (..., dim)."""
     action = torch.tanh(latent)
     log_slope = 2 * (math.log(2) - latent - F.softplus(-2 * latent))  # log(1 - tanh^2), stable
     return action, log_slope.sum(-1)
@@ -171,7 +171,7 @@ def kl_divergences(mean, log_std, average_mean, average_log_std):
 
 
 def actor_loss(actor, average_actor, qf, obs, alpha, args):
-    """Loss whose gradient is (W2) and (W4); its value means nothing. Also log_prob and both KLs."""
+    """Loss with gradient (W4) minus (W2); its value means nothing. Also log_prob and both KLs."""
     mean, log_std = actor(obs)
     kl_mean, kl_std = kl_divergences(mean, log_std, *average_actor(obs))
     penalty = args.kl_weight_mean * kl_mean + args.kl_weight_std * kl_std  # DIFF: (W4)
@@ -188,7 +188,7 @@ def actor_loss(actor, average_actor, qf, obs, alpha, args):
     if args.precondition:
         follower = mean + std * noise  # DIFF: (W3)
     else:
-        follower = (mean - x.detach()) / std.square()  # DIFF: (W2): this is grad log g
+        follower = (mean - x) / std.square()  # DIFF: (W2): this is grad log g
     return penalty.mean() - (follower * velocity).sum(-1).mean(), log_prob, kl_mean, kl_std
 
 

@@ -24,13 +24,13 @@ SHARED = {  # definitions, and methods, of the same text in both files
 }
 LINES = {  # above the frame, and whole
     "sac_continuous.py": (255, 815),
-    "diffsac_continuous.py": (390, 950),
+    "diffsac_continuous.py": (385, 955),
     "wpo_continuous.py": (315, 860),
     "diffwpo_continuous.py": (435, 995),
     "ppo_continuous.py": (280, 850),
     "diffppo_continuous.py": (370, 935),
     "crossq_continuous.py": (345, 950),
-    "dime.py": (410, 1010),
+    "dime.py": (410, 1012),
 }
 MOST_OF_MAIN = 100
 

@@ -259,7 +259,7 @@ def test_gradient_at_the_old_policy(script, norm_adv):
 
 
 def test_own_entropy_follows_the_current_policy():
-    """Equation (4): after the policy has moved, A' holds the log-probability of now."""
+    """Equation (3): after the policy has moved, A' holds the log-probability of now."""
     args = make_args(ppo, norm_adv=False)
     actor, critic, obs_rms, rollout = random_rollout(ppo, args)
     rows = make_rows(ppo, (actor, critic, obs_rms), rollout, args)
