@@ -39,7 +39,8 @@ torch.set_num_threads(1)
 
 class Clock(BaseCallback):
     def _on_step(self):
-        if self.num_timesteps >= steps // 2 and not hasattr(self, "start"):
+        # from the first step of a rollout, so that rollouts and updates are as many
+        if self.num_timesteps > steps // 2 and not hasattr(self, "start"):
             self.start = self.num_timesteps, time.time()
         return True
 
