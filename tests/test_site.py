@@ -191,9 +191,13 @@ def test_pages_in_a_browser(browser, site, width):
                 loads: performance.getEntriesByType("resource").map(load => load.name)}"""
         )
         assert state["width"] <= width, path
-        assert state["drawn"] == state["marked"] and state["broken"] == state["folded"] == 0, path
+        assert state["drawn"] == state["marked"] and state["broken"] == state["folded"] == 0, (
+            path,
+            state,
+        )
         assert all(load.startswith(base) for load in state["loads"]), path
-        assert not [log for log in chromium.get_log("browser") if log["level"] == "SEVERE"], path
+        severe = [log for log in chromium.get_log("browser") if log["level"] == "SEVERE"]
+        assert not severe, (path, severe)
         drawn += state["drawn"]
     assert drawn > 50
 
