@@ -265,7 +265,7 @@ def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
     latent = chain.latents[k, rows]
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
-    # noise of its own: V has just been fitted to the chain's a^(k-1)
+    # with fresh noise; that of the chain would do as well
     latent = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
     value = latent_value(actor, qf, vf, obs, latent, alpha)
     surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
