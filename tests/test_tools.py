@@ -13,7 +13,7 @@ import torch
 
 import sac_continuous
 from tests.common import ROOT, SCRIPTS, make_actor, make_args, randomise, run_script, save_policy
-from tools import enjoy, plot
+from tools import enjoy, plot, speed
 
 FLAGS = "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 40 --hidden-dim 16".split()
 RETURN = "eval/episodic_return"
@@ -174,9 +174,9 @@ def test_figure_over_hours_and_published_points(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)
     files = []
-    for seed, speed in ((1, 2.0), (2, 0.5)):  # 600 steps take 300 and 1200 seconds
+    for seed, pace in ((1, 2.0), (2, 0.5)):  # 600 steps take 300 and 1200 seconds
         curve = {RETURN: [(600, 1.0), (1200, 2.0)]}
-        curve["charts/SPS"] = [(300, speed), (600, speed), (1200, speed)]
+        curve["charts/SPS"] = [(300, pace), (600, pace), (1200, pace)]
         files.append(tmp_path / f"{seed}.csv")
         plot.write_csv(make_run(curve, seed=str(seed)), files[-1])
     plot.figure(files, to=tmp_path, over="hours")
@@ -279,3 +279,20 @@ def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, cap
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert "display" in refused(capsys, enjoy.main, enjoy.Args(path, render=True))
+
+
+def test_speed_goes_on_after_a_contender_that_fails(monkeypatch, tmp_path, capsys):
+    def measure(contender, *_):
+        if contender == "b.py":
+            raise RuntimeError("b.py: out of memory")
+        return 20.0
+
+    monkeypatch.setattr(speed, "measure", measure)
+    with pytest.raises(SystemExit) as exit_:
+        speed.main(("a.py", "b.py", "c.py"), rounds=1, copies=2, to=tmp_path / "speed.csv")
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2 and "out of memory" in printed.err
+    assert "| b.py | nan | nan | nan |" in printed.out
+    assert "| c.py | 40.0 | 1.00 | 1.00 |" in printed.out
+    table = pd.read_csv(tmp_path / "speed.csv").steps_per_s
+    assert table.isna().tolist() == [False, True, False]

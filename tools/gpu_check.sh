@@ -3,8 +3,9 @@
 #
 #   tools/gpu_check.sh [FOLDER]                  csv files and a table, in gpu_check/ by default
 #   DEVICE=cpu STEPS=800 tools/gpu_check.sh      a dry run without a card, small sizes
+#   STEPS=1200 COMPILE=0 tools/gpu_check.sh      five minutes: shorter runs, no --compile
 #
-# stable-baselines3 is measured too where it is installed.
+# stable-baselines3 is measured too where it is installed. What fails has no figure in the table.
 set -euo pipefail
 out=$(realpath -m "${1:-gpu_check}")
 cd "$(dirname "$0")/.."
@@ -31,15 +32,21 @@ for contender in "${contenders[@]}"; do
         speeds+=("$contender --cuda-graph" "$contender --cuda-graph --bf16")
     fi
 done
-[ "$device" = cuda ] && speeds+=("sac_continuous.py --compile")
+[ "$device" = cuda ] && [ "${COMPILE:-1}" = 1 ] && speeds+=("sac_continuous.py --compile")
 python -c "import stable_baselines3" 2> /dev/null && speeds+=(sb3:sac)
 
-speed() { python tools/speed.py --env-id "$env_id" --device "$device" --rounds 1 "$@"; }
-[ "$device" = cuda ] && python -m pytest -q tests/test_fast_paths.py -k captured | tee "$out/tests.txt"
+failed=0
+speed() { python tools/speed.py --env-id "$env_id" --device "$device" --rounds 1 "$@" || failed=2; }
+if [ "$device" = cuda ]; then
+    python -m pytest -q tests/test_fast_paths.py -k captured > "$out/tests.txt" || failed=2
+    tail -n 20 "$out/tests.txt"
+fi
 {
     speed --steps "$steps" --to "$out/speed.csv" --contenders "${speeds[@]}"
     speed --steps $((12 * steps)) --to "$out/speed_ppo.csv" --contenders ppo_continuous.py
     graph=$([ "$device" = cuda ] && echo --cuda-graph || true)
     speed --steps "$steps" --copies "$copies" --to "$out/speed_at_once.csv" \
         --contenders "diffsac_continuous.py --diffusion-steps 8${graph:+ $graph}"
-} | tee "$out/speed.md"
+} > "$out/speed.md"
+cat "$out/speed.md"
+exit $failed

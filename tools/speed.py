@@ -12,10 +12,12 @@ Two editions of a script, the older one from another checkout:
 
 Each contender runs in a process and folder of its own, with one thread and without evaluation:
 A B C A B C, so that a drift of the machine hits all alike. The clock runs over the second half of
-the steps. Prints a table with ratios to the first contender in the same round. `--copies 8` runs
-each contender eight times at once, one a core, and adds their speeds.
+the steps. Prints a table with ratios to the first contender in the same round; one that fails has
+no figure there, and the exit status is 2. `--copies 8` runs each contender eight times at once, one
+a core, and adds their speeds.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -66,8 +68,7 @@ def call(command, folder, core):
     options = {"cwd": folder, "env": environ, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, *command], preexec_fn=pin, **options)
     if done.returncode:
-        print(f"error: {' '.join(command[:1])}: {done.stderr[-500:].strip()}", file=sys.stderr)
-        sys.exit(2)
+        raise RuntimeError(f"{' '.join(command[:1])}: {done.stderr[-500:].strip()}")
     return done.stdout
 
 
@@ -89,8 +90,7 @@ def measure(contender, env_id, steps, device, core=0):
         events.Reload()
         logged = [e for e in events.Scalars("charts/SPS") if e.step >= steps // 2]
         if len(logged) < 2:
-            print("error: --steps is too small for two log entries", file=sys.stderr)
-            sys.exit(2)
+            raise RuntimeError("--steps is too small for two log entries")
         first, last = logged[0], logged[-1]
         return (last.step - first.step) / (last.wall_time - first.wall_time)
 
@@ -108,10 +108,15 @@ def main(
     rows = []
     for i in range(1, rounds + 1):
         for contender in contenders:
-            with ThreadPoolExecutor(copies) as pool:
-                one = partial(measure, contender, env_id, steps, device)
-                rows.append((env_id, contender, i, sum(pool.map(one, range(copies)))))
-            print(f"round {i}: {contender}: {rows[-1][-1]:.1f} steps/s", file=sys.stderr)
+            one = partial(measure, contender, env_id, steps, device)
+            try:
+                with ThreadPoolExecutor(copies) as pool:
+                    speed = sum(pool.map(one, range(copies)))
+            except RuntimeError as error:  # the others are measured all the same
+                print(f"error: {error}", file=sys.stderr)
+                speed = math.nan
+            rows.append((env_id, contender, i, speed))
+            print(f"round {i}: {contender}: {speed:.1f} steps/s", file=sys.stderr)
     rows = pd.DataFrame(rows, columns=["env_id", "contender", "round", "steps_per_s"])
     speeds = rows.pivot(index="round", columns="contender", values="steps_per_s")[list(contenders)]
     ratios = speeds.div(speeds[contenders[0]], axis=0)
@@ -125,6 +130,8 @@ def main(
     if to:
         to.parent.mkdir(parents=True, exist_ok=True)
         rows.to_csv(to, index=False, float_format="%.4g")
+    if speeds.isna().any(axis=None):
+        sys.exit(2)
 
 
 if __name__ == "__main__":
