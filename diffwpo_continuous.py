@@ -26,7 +26,8 @@ chain without control has density p at every step; control adds its cost:
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
 Each step is a Gaussian g of its own x = a^(k-1), and (8) takes the place of (W1). V_j, a mean over
-the chains through a^j, is the value of the steps to come; n is the density of x without control:
+the chains through a^j, is learned as Q at the predicted end of the chain plus a rest. (7) has Q̄, in
+(8) Q takes its place; n is the density of x without control:
 
     V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2) ] (7)
     v_k    grad_x V_(k-1)(s, x) - alpha c_k / std_k,   std_k = nu sqrt(delta_k)                 (8)
@@ -237,9 +238,10 @@ class Actor(nn.Module):
 
 
 def latent_critic_network(obs_dim, action_dim, args):
-    """V of (s, a^j, j / K), as the two parts of (7): of Q, and the cost that alpha multiplies."""
+    """Of (s, a^j, j / K): the end of the chain e, V's rest beside Q(s, tanh(e)), and its cost."""
     first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
-    second, last = nn.Linear(args.hidden_dim, args.hidden_dim), nn.Linear(args.hidden_dim, 2)
+    second = nn.Linear(args.hidden_dim, args.hidden_dim)
+    last = nn.Linear(args.hidden_dim, action_dim + 2)
     nn.init.zeros_(last.weight)  # no slope before there is evidence of one
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
@@ -251,27 +253,32 @@ def critic_loss(qf, batch, next_value, gamma):
     return (q - target).square().mean(1).sum(), q
 
 
-def latent_critic_loss(actor, vf, chain, q, alpha):
+def latent_critic(vf, obs, latent, j):
+    """End of the chain e (batch, action_dim), and (batch,) rest and cost, after a^j; j (batch,)."""
+    outputs = vf(torch.cat((obs, latent, j[:, None]), dim=-1)).to(obs.dtype)
+    return outputs[:, :-2], outputs[:, -2], outputs[:, -1]
+
+
+def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
     """Squared errors of the parts of (7), weighted as they act on V; the rows take turns with j."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
+    end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
     with torch.no_grad():
         control_cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: steps 1 ... j
-        cost = actor.end_cost(chain.latents[0])[1] + control_cost[j - 1, rows]
-    inputs = torch.cat((obs, chain.latents[j, rows], j[:, None] / actor.steps), dim=-1)
-    q_part, cost_part = vf(inputs).to(obs.dtype).unbind(-1)
-    return F.mse_loss(q_part, q) + alpha**2 * F.mse_loss(cost_part, cost)  # DIFF: (7)
+        sampled_cost = actor.end_cost(chain.latents[0])[1] + control_cost[j - 1, rows]
+        sampled_rest = q - qf_target(obs, torch.tanh(end)).amin(0)
+    v_loss = F.mse_loss(rest, sampled_rest) + alpha**2 * F.mse_loss(cost, sampled_cost)  # DIFF: (7)
+    return v_loss + (end - chain.latents[0]).square().sum(-1).mean()
 
 
 def latent_value(actor, qf, vf, obs, latent, alpha):
     """V_(k-1) of latents a^(k-1) (batch, action_dim); row i belongs to step k = 1 + i % K."""
-    place = (torch.arange(len(obs), device=obs.device) % actor.steps)[:, None] / actor.steps
-    inputs = torch.cat((obs, latent, place), dim=-1)
-    q_part, cost_part = vf(inputs).to(obs.dtype).unbind(-1)
-    value = q_part - alpha * cost_part
-    action, end_cost = actor.end_cost(latent[:: actor.steps])  # k = 1: V_0 by (7), with Q for Q̄
-    value[:: actor.steps] = qf(obs[:: actor.steps], action).amin(0) - alpha * end_cost
-    return value
+    j = torch.arange(len(obs), device=obs.device) % actor.steps
+    end, rest, cost = latent_critic(vf, obs, latent, j / actor.steps)
+    end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known
+    rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent)[1])
+    return qf(obs, torch.tanh(end)).amin(0) + rest - alpha * cost
 
 
 def one_step(actor, qf, vf, chain, alpha):
@@ -363,7 +370,7 @@ def main(args: Args):
         if args.actor_gradient == "chain":
             moves, log_prob = all_steps(actor, qf, batch.obs, alpha)
         else:
-            v_loss = latent_critic_loss(actor, vf, chain, next_q, alpha)
+            v_loss = latent_critic_loss(actor, qf_target, vf, chain, next_q, alpha)
             descend(v_optimizer, v_loss)
             moves, log_prob = one_step(actor, qf, vf, chain, alpha), next_log_prob
         pi_loss, kl = actor_loss(actor, average_actor, moves, alpha, args)

@@ -203,9 +203,11 @@ def test_step_gradients_with_exact_values_add_up_to_the_chains(monkeypatch):
     exact_actor_loss(monkeypatch, chain_actor).backward()
 
     def exact_values(inputs):
-        _, latent, place = inputs.unbind(-1)
+        obs, latent, place = inputs.split(1, -1)
         p, q, r = values[(place * steps).round().long()].unbind(-1)
-        return torch.stack((p * latent**2 + q * latent + r, torch.zeros_like(r)), dim=-1)
+        end = torch.sin(latent)  # any: the rest is what V lacks there
+        rest = p * latent**2 + q * latent + r - qf(obs, torch.tanh(end)).amin(0)[:, None]
+        return torch.cat((end, rest, torch.zeros_like(r)), dim=-1)
 
     nodes, weights = gauss_hermite(steps + 2)  # of the chain, and the step's own
     nodes, weights = nodes.repeat_interleave(steps, 0), weights.repeat_interleave(steps) / steps
@@ -240,9 +242,10 @@ def test_latent_critic_learns_what_the_chains_brought(steps):
 
     def critic(inputs):
         seen.append(inputs)
-        return torch.full((len(inputs), 2), 0.25, requires_grad=True)
+        return torch.tensor([0.2, -0.1, 0.25, 0.35]).repeat(len(inputs), 1).requires_grad_()
 
-    loss = diffsac.latent_critic_loss(actor, critic, chain, q, alpha=0.3)
+    qf = lambda obs, action: torch.stack((obs.sum(-1), obs[:, 0])) + action.sum(-1)
+    loss = diffsac.latent_critic_loss(actor, qf, critic, chain, q, alpha=0.3)
     expected, later_steps = 0.0, set()
     for row, (state, latent, place) in enumerate(zip(*seen[0].split((3, 2, 1), -1), strict=True)):
         j = round(place.item() * steps)
@@ -252,7 +255,9 @@ def test_latent_critic_learns_what_the_chains_brought(steps):
         end = chain.latents[0, row]
         cost = log_normal(end, 0.0, torch.tensor(1.3)) - (1 - torch.tanh(end) ** 2).log().sum()
         cost = cost + sum(chain.controls[i - 1, row].square().sum() / 2 for i in range(1, j + 1))
-        expected += ((0.25 - q[row]) ** 2 + (0.3 * (0.25 - cost)) ** 2) / 9
+        q_there = min(state.sum(), state[0]) + math.tanh(0.2) + math.tanh(-0.1)
+        expected += ((q_there + 0.25 - q[row]) ** 2 + (0.3 * (0.35 - cost)) ** 2) / 9
+        expected += ((0.2 - end[0]) ** 2 + (-0.1 - end[1]) ** 2) / 9
     torch.testing.assert_close(loss, expected)
     assert later_steps == set(range(1, max(steps, 2)))
 
@@ -270,7 +275,7 @@ def test_rows_outside_of_the_trust_region_are_pulled_back():
     controls = [a.control(a.fc_obs(obs), latent, k) for a in (actor, average)]
     distance = 0.5 * steps * (controls[0] - controls[1].detach()).square().sum(-1)
     bound = distance.median().item()
-    steep = lambda inputs: 1e6 * inputs[:, 3:5]  # noqa: E731
+    steep = lambda inputs: torch.cat((inputs[:, 3:5], 1e6 * inputs[:, 3:5]), 1)  # noqa: E731
     critic = lambda obs, action: 1e6 * action.T  # noqa: E731
     torch.manual_seed(7)
     loss, drift = diffsac.step_actor_loss(actor, average, critic, steep, chain, alpha, bound)
@@ -298,21 +303,24 @@ def cosine_of_the_latent_critic(normalise, updates=800):
     actor, scales = diffsac.Actor(obs_dim, action_dim, args), torch.logspace(-1, 2.5, obs_dim)
     obs_rms = diffsac.RunningMeanStd(obs_dim, enabled=normalise)
     obs_rms.update(torch.randn(5000, obs_dim) * scales)
+    qf = lambda obs, action: -0.5 * action.atanh().square().sum(-1)[None]
     critic = diffsac.latent_critic_network(obs_dim, action_dim, args)
     optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3)
     for _ in range(updates):
         obs = obs_rms(torch.randn(256, obs_dim) * scales)
         with torch.no_grad():
             chain = actor.chain(obs)
-        q = -0.5 * chain.latents[0].square().sum(-1)
-        loss = diffsac.latent_critic_loss(actor, critic, chain, q, 0.1)
+        q = qf(obs, torch.tanh(chain.latents[0]))[0]
+        loss = diffsac.latent_critic_loss(actor, qf, critic, chain, q, 0.1)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(critic.parameters(), 0.5)
         optimizer.step()
     obs, latent = obs_rms(torch.randn(500, obs_dim) * scales), torch.randn(500, action_dim)
-    inputs = torch.cat((obs, latent.requires_grad_(), torch.full((500, 1), 1 / 8)), dim=-1)
-    (slope,) = torch.autograd.grad(critic(inputs)[:, 0].sum(), latent)
+    latent.requires_grad_()
+    end, rest, _ = diffsac.latent_critic(critic, obs, latent, torch.full((500,), 1 / 8))
+    value = qf(obs, torch.tanh(end))[0] + rest
+    (slope,) = torch.autograd.grad(value.sum(), latent)
     return torch.nn.functional.cosine_similarity(slope, -latent, dim=-1).mean().item()
 
 

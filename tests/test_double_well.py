@@ -49,7 +49,7 @@ def train(script, alpha, updates, seed, actor_gradient="chain", **flags):
         batch = script.Batch(obs, obs, played, double_well(played), ended)
         script.descend(q_optimizer, script.critic_loss(qf, batch, torch.zeros(256), 0.99)[0])
         if step:
-            v_loss = script.latent_critic_loss(actor, vf, chain, q, alpha)
+            v_loss = script.latent_critic_loss(actor, qf, vf, chain, q, alpha)
             script.descend(v_optimizer, v_loss)
         if script is diffwpo_continuous:
             made = script.one_step(actor, qf, vf, chain, alpha) if step else None

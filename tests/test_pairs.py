@@ -20,13 +20,13 @@ SHARED = {  # definitions, and methods, of the same text in both files
     "sac → wpo": "SoftQNetwork squash Actor critic_loss",
     "diffsac → diffwpo": """SoftQNetwork squash Chain Actor.kernels Actor.control Actor.end_cost
     Actor.outcome Actor.sample Actor.mean_action critic_loss latent_critic_network
-    latent_critic_loss latent_value temperature_loss""",
+    latent_critic latent_critic_loss latent_value temperature_loss""",
 }
 LINES = {  # above the frame, and whole
     "sac_continuous.py": (255, 815),
-    "diffsac_continuous.py": (385, 955),
+    "diffsac_continuous.py": (390, 960),
     "wpo_continuous.py": (315, 860),
-    "diffwpo_continuous.py": (435, 995),
+    "diffwpo_continuous.py": (445, 1000),
     "ppo_continuous.py": (280, 850),
     "diffppo_continuous.py": (370, 935),
     "crossq_continuous.py": (345, 950),

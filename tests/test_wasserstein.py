@@ -341,8 +341,8 @@ def test_raw_gradient_is_the_explicit_mixed_derivative_of_every_kernel(gradient)
             end_cost = end_cost - (1 - torch.tanh(latent) ** 2).log().sum()
             value = qf(state, torch.tanh(latent)).amin() - alpha * (cost + end_cost)
         else:
-            q_part, cost_part = vf(torch.cat((state, x, torch.full((1, 1), (k - 1) / steps)), 1))[0]
-            value = q_part - alpha * cost_part
+            out = vf(torch.cat((state, x, torch.full((1, 1), (k - 1) / steps)), 1))
+            value = qf(state, torch.tanh(out[:, :2])).amin() + out[0, 2] - alpha * out[0, 3]
         (slope,) = torch.autograd.grad(value, x)
         leaf = x.detach().requires_grad_()
         mean = decay[k - 1] * before + std[k - 1] * control(k, before)
