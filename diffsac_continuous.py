@@ -20,8 +20,8 @@ chain without control has density p at every step; control adds its cost:
 --actor-gradient chain differentiates (3) through all K steps. step, the paper's and the default,
 replaces (3) by (8): it goes through one step and asks a critic V of the latents about the rest. In
 (4), (7) and (8) s and a are then s' and a' of (1), and a^j is of their chain. V_j is a mean over
-the chains through a^j, learned as Q at the predicted end of the chain plus a rest; V_0 is known.
-(7) has Q̄, in (8) Q takes its place:
+the chains through a^j, learned as Q at the predicted end of the chain plus a rest; in (8) Q takes
+the place of Q̄. V_0 is known:
 
     V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2) ] (7)
     actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   k uniform, a^k held constant         (8)

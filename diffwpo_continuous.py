@@ -26,8 +26,8 @@ chain without control has density p at every step; control adds its cost:
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
 Each step is a Gaussian g of its own x = a^(k-1), and (8) takes the place of (W1). V_j, a mean over
-the chains through a^j, is learned as Q at the predicted end of the chain plus a rest. (7) has Q̄, in
-(8) Q takes its place; n is the density of x without control:
+the chains through a^j, is learned as Q at the predicted end of the chain plus a rest; in (8) Q
+takes the place of Q̄. n is the density of x without control:
 
     V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2) ] (7)
     v_k    grad_x V_(k-1)(s, x) - alpha c_k / std_k,   std_k = nu sqrt(delta_k)                 (8)
