@@ -218,7 +218,8 @@ def test_step_gradients_with_exact_values_add_up_to_the_chains(monkeypatch):
         patch.setattr(torch.Tensor, "mean", lambda values, *_: (values * weights).sum())
         with torch.no_grad():
             chain = step_actor.chain(obs)
-        networks = (step_actor, copy.deepcopy(step_actor), qf, exact_values)
+        twins = lambda obs, action: torch.cat((qf(obs, action), qf(obs, action) + 1 + action.T))
+        networks = (step_actor, copy.deepcopy(step_actor), twins, exact_values)
         loss, drift = diffsac.step_actor_loss(*networks, chain, ALPHA, 1e-9)
         assert drift.abs().max() < 1e-20
         (steps * loss).backward()

@@ -66,17 +66,19 @@ def follow(checkpoint, gradient):
                 loss, log_ratio = diffsac.actor_loss(actor, qf, states, alpha)
             yield update, loss.item(), -log_ratio.mean().item()
         obs = obs_rms(buffer.sample(args.batch_size).obs)
-        with torch.no_grad():
-            chain = actor.chain(obs)
-            q = qf(obs, actor.outcome(chain)[0]).amin(0)
         if gradient == "chain":
             loss = diffsac.actor_loss(actor, qf, obs, alpha)[0]
-        elif gradient == "exact":
-            loss = exact_loss(actor, qf, chain, alpha)
         else:
-            diffsac.descend(v_optimizer, diffsac.latent_critic_loss(actor, qf, vf, chain, q, alpha))
-            bound = args.kl_bound
-            loss = diffsac.step_actor_loss(actor, average, qf, vf, chain, alpha, bound)[0]
+            with torch.no_grad():
+                chain = actor.chain(obs)
+                q = qf(obs, actor.outcome(chain)[0]).amin(0)
+            if gradient == "exact":
+                loss = exact_loss(actor, qf, chain, alpha)
+            else:
+                v_loss = diffsac.latent_critic_loss(actor, qf, vf, chain, q, alpha)
+                diffsac.descend(v_optimizer, v_loss)
+                bound = args.kl_bound
+                loss = diffsac.step_actor_loss(actor, average, qf, vf, chain, alpha, bound)[0]
         if update >= 0:
             diffsac.descend(optimizer, loss)
             diffsac.move_towards(average, actor, args.tau)
