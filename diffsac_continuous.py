@@ -237,14 +237,14 @@ def actor_loss(actor, qf, obs, alpha):
     return (alpha * log_prob - q).mean(), log_prob
 
 
-def latent_critic(vf, obs, latent, j):
-    """End of the chain e (batch, action_dim), and (batch,) rest and cost, after a^j; j (batch,)."""
-    outputs = vf(torch.cat((obs, latent, j[:, None]), dim=-1)).to(obs.dtype)
+def latent_critic(vf, obs, latent, place):
+    """End e of the chain (batch, action_dim), rest and cost (batch,) of V_j; place is j / K."""
+    outputs = vf(torch.cat((obs, latent, place[:, None]), dim=-1)).to(obs.dtype)
     return outputs[:, :-2], outputs[:, -2], outputs[:, -1]
 
 
 def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
-    """Squared errors of the parts of (7), weighted as they act on V; the rows take turns with j."""
+    """Squared errors of e and of the parts of (7), weighted as in V; the rows take turns with j."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
     end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
