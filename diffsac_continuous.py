@@ -8,26 +8,27 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-The policy changes: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
+The policy changes: K steps from a^K ~ p = N(0, nu^2 I), controls c_k = c(s, a^k, k), noise N(0, I):
 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
-log pi is unknown. In (1), (3) and (4) stands (6) in its place, in the mean an upper bound of it. A
+log pi is unknown. (6), in the mean an upper bound of it, takes its place in (1), (3) and (4). A
 chain without control has density p at every step; control adds its cost:
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
 --actor-gradient chain differentiates (3) through all K steps. step, the paper's and the default,
-replaces (3) by (8): it goes through one step and asks a critic V of the latents about the rest. In
-(4), (7) and (8) s and a are then s' and a' of (1), and a^j is of their chain. V_j is a mean over
-the chains through a^j, learned as Q at the predicted end of the chain plus a rest; in (8) Q takes
-the place of Q̄. V_0 is known:
+replaces (3) by (8): it differentiates one step, and a critic V of the latents says what the others
+bring. (4) and (7) to (9) then use s' and a' of (1) and the chain to a'. V_0 is known. For j > 0 a
+network of (s, a^j, j) predicts a^0, as e, the cost_j, and a rest: what Q̄ at tanh(e) lacks:
 
-    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2) ] (7)
-    actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   k uniform, a^k held constant         (8)
-    or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c    (9)
+    cost_j log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2
+    V_j    E[ min_i Q̄_i(s, a) - alpha cost_j | s, a^j ]                                        (7)
+           = min_i Q̄_i(s, tanh e) + rest - alpha cost_j;   (8) has Q in place of Q̄
+    actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   each k in turn, a^k held constant    (8)
+    or     0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 reaches a bound; c̄: averaged weights   (9)
 
-D estimates the KL divergence of the chain of c from that of c': one step's, times K.
+D estimates the KL divergence of the chain of c from that of c̄: one step's, times K.
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -215,7 +216,7 @@ class Actor(nn.Module):
 
 
 def latent_critic_network(obs_dim, action_dim, args):
-    """Of (s, a^j, j / K): the end of the chain e, V's rest beside Q(s, tanh(e)), and its cost."""
+    """Network of (s, a^j, j / K) with the outputs e, rest and cost: `latent_critic` takes them."""
     first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
     second = nn.Linear(args.hidden_dim, args.hidden_dim)
     last = nn.Linear(args.hidden_dim, action_dim + 2)
@@ -238,13 +239,13 @@ def actor_loss(actor, qf, obs, alpha):
 
 
 def latent_critic(vf, obs, latent, place):
-    """End e of the chain (batch, action_dim), rest and cost (batch,) of V_j; place is j / K."""
+    """e (batch, action_dim), rest and cost (batch,) of V_j, at a^j; place is j / K (batch,)."""
     outputs = vf(torch.cat((obs, latent, place[:, None]), dim=-1)).to(obs.dtype)
     return outputs[:, :-2], outputs[:, -2], outputs[:, -1]
 
 
 def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
-    """Squared errors of e and of the parts of (7), weighted as in V; the rows take turns with j."""
+    """Squared errors of e and the parts of (7), weighted as in V. Row i has j = 1 + i % (K - 1)."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
     end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
@@ -256,9 +257,8 @@ def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
     return v_loss + (end - chain.latents[0]).square().sum(-1).mean()
 
 
-def latent_value(actor, qf, vf, obs, latent, alpha):
-    """V_(k-1) of latents a^(k-1) (batch, action_dim); row i belongs to step k = 1 + i % K."""
-    j = torch.arange(len(obs), device=obs.device) % actor.steps
+def latent_value(actor, qf, vf, obs, latent, j, alpha):
+    """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), as (8) has it."""
     end, rest, cost = latent_critic(vf, obs, latent, j / actor.steps)
     end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known
     rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent)[1])
@@ -266,15 +266,15 @@ def latent_value(actor, qf, vf, obs, latent, alpha):
 
 
 def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
-    """Equation (8), (9) outside of the trust region, and D (batch,); the rows take turns with k."""
+    """Mean of (8), or (9) in rows out of bounds, and D (batch,). Row i has k = 1 + i % K."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     k = 1 + rows % actor.steps
     latent = chain.latents[k, rows]
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
-    # with fresh noise; that of the chain would do as well
+    # with fresh noise: that of the chain would be as right
     latent = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
-    value = latent_value(actor, qf, vf, obs, latent, alpha)
+    value = latent_value(actor, qf, vf, obs, latent, k - 1, alpha)
     surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
     kl = 0.5 * actor.steps * (control - average_control).square().sum(-1)
     return torch.where(kl < kl_bound, surrogate, 0.3 * kl).mean(), kl  # DIFF: (9)
@@ -317,7 +317,7 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            # the chain at s' serves the actor too; a terminal s' has no action: its row gets s
+            # the chain at s' serves (7) and (8) too; a terminal s' has no action: its row gets s
             states = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
             chain = actor.chain(states)
             next_actions, next_log_prob = actor.outcome(chain)

@@ -16,22 +16,24 @@ can. -d phi takes the place of the gradient of (3) by phi:
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
 
-The policy changes too: K steps from a^K ~ p = N(0, nu^2 I) with controls c_k = c(s, a^k, k),
+So does the policy: K steps from a^K ~ p = N(0, nu^2 I), controls c_k = c(s, a^k, k), noise N(0, I):
 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
-log pi is unknown. In (1), (3) and (4) stands (6) in its place, in the mean an upper bound of it. A
+log pi is unknown. (6), in the mean an upper bound of it, takes its place in (1), (3) and (4). A
 chain without control has density p at every step; control adds its cost:
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
-Each step is a Gaussian g of its own x = a^(k-1), and (8) takes the place of (W1). V_j, a mean over
-the chains through a^j, is learned as Q at the predicted end of the chain plus a rest; in (8) Q
-takes the place of Q̄. n is the density of x without control:
+Each step is a Gaussian g of its own x = a^(k-1), and (8) takes the place of (W1). V_0 is known. For
+j > 0 a network of (s, a^j, j) predicts a^0, as e, the cost_j, and a rest: what Q̄ at tanh(e) lacks.
+n is the density of x without control:
 
-    V_j    E[ min_i Q̄_i(s, a) - alpha (log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2) ] (7)
+    cost_j log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2
+    V_j    E[ min_i Q̄_i(s, a) - alpha cost_j | s, a^j ]                                        (7)
+           = min_i Q̄_i(s, tanh e) + rest - alpha cost_j;   (8) has Q in place of Q̄
     v_k    grad_x V_(k-1)(s, x) - alpha c_k / std_k,   std_k = nu sqrt(delta_k)                 (8)
-    or     0.3 D where D = K |c_k - c'_k|^2 / 2 exceeds a bound; c' is a moving average of c    (9)
+    or     0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 reaches a bound; c̄: averaged weights   (9)
     plus   -alpha log n(x) in the loss, x held constant: delta moves n too                     (10)
 
 --actor-gradient step takes one step of a chain at s', and learns V from such chains; (4) uses them
@@ -238,7 +240,7 @@ class Actor(nn.Module):
 
 
 def latent_critic_network(obs_dim, action_dim, args):
-    """Of (s, a^j, j / K): the end of the chain e, V's rest beside Q(s, tanh(e)), and its cost."""
+    """Network of (s, a^j, j / K) with the outputs e, rest and cost: `latent_critic` takes them."""
     first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
     second = nn.Linear(args.hidden_dim, args.hidden_dim)
     last = nn.Linear(args.hidden_dim, action_dim + 2)
@@ -254,13 +256,13 @@ def critic_loss(qf, batch, next_value, gamma):
 
 
 def latent_critic(vf, obs, latent, place):
-    """End e of the chain (batch, action_dim), rest and cost (batch,) of V_j; place is j / K."""
+    """e (batch, action_dim), rest and cost (batch,) of V_j, at a^j; place is j / K (batch,)."""
     outputs = vf(torch.cat((obs, latent, place[:, None]), dim=-1)).to(obs.dtype)
     return outputs[:, :-2], outputs[:, -2], outputs[:, -1]
 
 
 def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
-    """Squared errors of e and of the parts of (7), weighted as in V; the rows take turns with j."""
+    """Squared errors of e and the parts of (7), weighted as in V. Row i has j = 1 + i % (K - 1)."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
     end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
@@ -272,9 +274,8 @@ def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
     return v_loss + (end - chain.latents[0]).square().sum(-1).mean()
 
 
-def latent_value(actor, qf, vf, obs, latent, alpha):
-    """V_(k-1) of latents a^(k-1) (batch, action_dim); row i belongs to step k = 1 + i % K."""
-    j = torch.arange(len(obs), device=obs.device) % actor.steps
+def latent_value(actor, qf, vf, obs, latent, j, alpha):
+    """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), as (8) has it."""
     end, rest, cost = latent_critic(vf, obs, latent, j / actor.steps)
     end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known
     rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent)[1])
@@ -286,7 +287,7 @@ def one_step(actor, qf, vf, chain, alpha):
     rows = torch.arange(len(chain.obs), device=chain.obs.device)
     k = 1 + rows % actor.steps
     x = chain.latents[k - 1, rows].requires_grad_()
-    slope = torch.autograd.grad(latent_value(actor, qf, vf, chain.obs, x, alpha).sum(), x)[0]
+    slope = torch.autograd.grad(latent_value(actor, qf, vf, chain.obs, x, k - 1, alpha).sum(), x)[0]
     control, std = chain.controls[k - 1, rows], actor.kernels()[1][k - 1].detach()
     velocity = slope - alpha * control / std  # DIFF: (8)
     return Moves(chain.obs, k, chain.latents[k, rows], chain.noises[k - 1, rows], velocity)
