@@ -315,7 +315,6 @@ def cosine_of_the_latent_critic(normalise, updates=800):
         loss = diffsac.latent_critic_loss(actor, qf, critic, chain, q, 0.1)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(critic.parameters(), 0.5)
         optimizer.step()
     obs, latent = obs_rms(torch.randn(500, obs_dim) * scales), torch.randn(500, action_dim)
     latent.requires_grad_()
