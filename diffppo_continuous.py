@@ -19,7 +19,7 @@ a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions 
     free step    n(x|a^k)    = N( sqrt(1 - delta_k) a^k, nu^2 delta_k I ),  which keeps p       (7)
     log pi       log q - log n at each step, and at the end log p(a^0) - log |da / da^0|        (8)
     discounts    gamma = lambda = 1 inside a chain                                              (9)
-    plus         in (4) -alpha rho log n, rho held constant, where unclipped: delta moves n    (10)
+    actor        (4) - alpha E[ rho log n ], rho constant, 0 where clipped: n depends on delta (10)
 
 delta_k and std_k are learned, each for each step and dimension. (8) stands for log pi in (1) and
 (3), and its sum is an upper bound (in the mean) of log pi(a|s); the ratio rho of (4) is q / q_old.
