@@ -10,13 +10,13 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
 
 The actor's step changes. Let a_new = tanh(x), g the density of x, and phi = (mean, std) what the
 network returns. Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it
-can. -d phi takes the place of the gradient of (3) by phi:
+can. -d phi takes the place of the gradient of (3) by phi; grad_phi holds x and v constant:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
 
-So does the policy: K steps from a^K ~ p = N(0, nu^2 I), controls c_k = c(s, a^k, k), noise N(0, I):
+The policy changes: K steps from a^K ~ p = N(0, nu^2 I), controls c_k = c(s, a^k, k), noise N(0, I):
 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
@@ -25,19 +25,19 @@ chain without control has density p at every step; control adds its cost:
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
-Each step is a Gaussian g of its own x = a^(k-1), and (8) takes the place of (W1). V_0 is known. For
-j > 0 a network of (s, a^j, j) predicts a^0, as e, the cost_j, and a rest: what Q̄ at tanh(e) lacks.
-n is the density of x without control:
+Step k is a Gaussian of x = a^(k-1) with mean sqrt(1 - delta_k) a^k + std_k c_k; n is its density at
+c_k = 0. v_k takes the place of v. V_j is the value of a^j: V_0 is known. For j > 0 a network of
+(s, a^j, j) predicts a^0, as e, the cost_j, and a rest: what Q̄ at tanh(e) lacks:
 
     cost_j log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2
     V_j    E[ min_i Q̄_i(s, a) - alpha cost_j | s, a^j ]                                        (7)
            = min_i Q̄_i(s, tanh e) + rest - alpha cost_j;   (8) has Q in place of Q̄
     v_k    grad_x V_(k-1)(s, x) - alpha c_k / std_k,   std_k = nu sqrt(delta_k)                 (8)
-    or     0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 reaches a bound; c̄: averaged weights   (9)
-    plus   -alpha log n(x) in the loss, x held constant: delta moves n too                     (10)
+    loss   0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 reaches a bound; c̄: averaged weights   (9)
+    else   a loss with gradient -(W2), plus -alpha log n(x), x held constant: delta moves n   (10)
 
 --actor-gradient step takes one step of a chain at s', and learns V from such chains; (4) uses them
-too. chain takes all steps of a chain at s; the gradient through its rest is V's in the mean.
+too. chain takes all steps of a chain at s; for grad V it differentiates the steps after x.
 
     python diffwpo_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffwpo_continuous.py --resume runs/RUN/checkpoint.pt
@@ -117,7 +117,7 @@ class Args:
     prior_std: float = 1.0  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
     delta_last: float = 0.01  # delta_1 of the last, if K > 1; geometric
-    learn_delta: bool = True  # learn delta; --no-precondition holds it
+    learn_delta: bool = True  # learn delta; fixed by --no-precondition
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9)
 
@@ -283,7 +283,7 @@ def latent_value(actor, qf, vf, obs, latent, j, alpha):
 
 
 def one_step(actor, qf, vf, chain, alpha):
-    """`Moves` of one k for each chain, with the velocity of V; the rows take turns with k."""
+    """`Moves` of one step of each chain, (8) from the latent critic. Row i has k = 1 + i % K."""
     rows = torch.arange(len(chain.obs), device=chain.obs.device)
     k = 1 + rows % actor.steps
     x = chain.latents[k - 1, rows].requires_grad_()
@@ -294,7 +294,7 @@ def one_step(actor, qf, vf, chain, alpha):
 
 
 def all_steps(actor, qf, obs, alpha):
-    """`Moves` of all k for each obs, with the velocity through the chain; and log_prob (batch,)."""
+    """`Moves` of all k for each obs, (8) through the steps after x; and log_prob (batch,)."""
     chain = actor.chain(obs)
     actions, log_prob = actor.outcome(chain)
     value = qf(obs, actions).amin(0) - alpha * log_prob
@@ -306,13 +306,13 @@ def all_steps(actor, qf, obs, alpha):
 
 
 def actor_loss(actor, average_actor, moves, alpha, args):
-    """Loss with gradient (10) minus (W2), or that of (9); its value means nothing. And D."""
+    """Loss (10), or (9) in rows out of bounds; its value means nothing. And D."""
     obs, k, latent, noise, velocity = moves
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
     decay, std = decay[k - 1], std[k - 1]
     mean = decay * latent + std * control
-    x = (mean + std * noise).detach()
+    x = (mean + std * noise).detach()  # a^(k-1) of the chain: the actor has not moved since
     if args.precondition:
         follower = mean + std * noise  # DIFF: (W3)
     else:
@@ -360,7 +360,7 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            # the chain at s' serves the actor too; a terminal s' has no action: its row gets s
+            # the chain at s' serves (7) and (8) too; a terminal s' has no action: its row gets s
             states = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
             chain = actor.chain(states)
             next_actions, next_log_prob = actor.outcome(chain)

@@ -10,7 +10,7 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
 
 The actor's step changes. Let a_new = tanh(x), g the density of x, and phi = (mean, std) what the
 network returns. Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it
-can. -d phi takes the place of the gradient of (3) by phi:
+can. -d phi takes the place of the gradient of (3) by phi; grad_phi holds x and v constant:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
@@ -171,7 +171,7 @@ def kl_divergences(mean, log_std, average_mean, average_log_std):
 
 
 def actor_loss(actor, average_actor, qf, obs, alpha, args):
-    """Loss with gradient (W4) minus (W2); its value means nothing. Also log_prob and both KLs."""
+    """Loss: (W4) plus one with gradient -(W2); its value means nothing. Also log_prob, both KLs."""
     mean, log_std = actor(obs)
     kl_mean, kl_std = kl_divergences(mean, log_std, *average_actor(obs))
     penalty = args.kl_weight_mean * kl_mean + args.kl_weight_std * kl_std  # DIFF: (W4)
