@@ -1,15 +1,15 @@
 """CrossQ: SAC without target networks (Bhatt et al., ICLR 2024, arXiv 1902.05605).
 
-Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ] with SAC's policy on other critics. Batch
-renormalisation takes the place of their moving averages. As in DIME each returns a distribution,
-over atoms z_i (C51, arXiv 1707.06887); --num-atoms 1 gives CrossQ's scalar ones. For transitions
-(s, a, r, s') from the replay buffer, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
+Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ] with SAC's policy. Instead of moving
+averages the critics have batch renormalisation. As in DIME each returns a distribution over atoms
+z_i (C51, arXiv 1707.06887); with --num-atoms 1 a number. For transitions (s, a, r, s') from the
+replay buffer, r divided by the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
     target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
-                 r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms  (1)
-    critic       E[ sum_j cross-entropy of Z_j(s, a) to (1) - 0.005 entropy of Z_j(s, a) ]       (2)
-    actor        E[ alpha log pi(a_new|s) - mean_j E[ Z_j(s, a_new) ] ]                          (3)
-    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                  (4)
+                 r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms (1)
+    critic       E[ sum_j cross-entropy of Z_j(s, a) to (1) - 0.005 entropy of Z_j(s, a) ]      (2)
+    actor        E[ alpha log pi(a_new|s) - mean_j E[ Z_j(s, a_new) ] ]                         (3)
+    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
     python crossq_continuous.py --env-id HalfCheetah-v4
     python crossq_continuous.py --resume runs/RUN/checkpoint.pt
@@ -111,7 +111,7 @@ class BatchRenorm(nn.Module):
     def forward(self, x, train):
         """Normalise x (2, batch, features) by the running mean and variance.
 
-        `train`: by the batch's; constants r, d make of it that by the running ones, which move.
+        `train` does it by the batch's, corrects by constants r, d, and moves the running ones.
         """
         running_std = (self.var + self.eps).sqrt()
         if not train:
@@ -208,14 +208,14 @@ def project(probs, values, atoms):
     """Project probs at values (batch, num_atoms) onto the atoms (C51); outside: the end atoms."""
     last = len(atoms) - 1
     position = (values.clamp(atoms[0], atoms[-1]) - atoms[0]) * (last / (atoms[-1] - atoms[0]))
-    lower = position.nan_to_num().floor().clamp(0, last - 1)  # `share` keeps not-a-number
+    lower = position.nan_to_num().floor().clamp(0, last - 1)  # an index; `share` stays NaN
     share = position - lower
     projected = torch.zeros_like(probs).scatter_add_(1, lower.long(), probs * (1 - share))
     return projected.scatter_add_(1, lower.long() + 1, probs * share)
 
 
 def critic_loss(qf, batch, next_actions, next_cost, args):
-    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) of (1) off the support.
+    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) that projecting clips.
 
     next_cost (batch,) is alpha times the log-probability of next_actions.
     """
@@ -336,7 +336,7 @@ def main(args: Args):
         if metrics and run.due(100):
             run.log(metrics)
             if metrics["losses/clipped_targets"].mean() > 0.01:  # shown once
-                warnings.warn("over 1 % of targets lie outside --v-min, --v-max", stacklevel=1)
+                warnings.warn("over 1 % of the target lies outside --v-min, --v-max", stacklevel=1)
         if run.due(args.eval_frequency):
             run.evaluate(actor, obs_rms)
         run.save_when_due()
@@ -920,7 +920,7 @@ class ReplayBuffer:
 class ReturnScaler(nn.Module):
     """Divides rewards by max(std, largest / bound) of the discounted sums of past rewards.
 
-    The second keeps all sums within +-bound, the support of a critic, as in FlashSAC.
+    The second keeps all sums within +-bound, for critics 0.8 of their support, as in FlashSAC.
     """
 
     def __init__(self, num_envs, gamma, bound=math.inf):

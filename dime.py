@@ -1,22 +1,22 @@
 """DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316).
 
-CrossQ with a diffusion policy; only the actor changes. It is a chain of K steps with controls f
-from a^K ~ N(0, nu^2 I) to a = tanh(a^0). The step sizes eta_k = eta b_k / kappa fall as b_k does, a
-squared cosine; eta and kappa (for each dimension) are learned. In N(mean, variance):
+CrossQ with a diffusion policy, another target entropy and clipped actor gradients. K steps with
+controls f lead from a^K ~ N(0, nu^2 I) to a = tanh(a^0). Their sizes eta_k = eta b_k / kappa fall:
+b_k is a squared cosine of K - k; eta and kappa (per dimension) are learned. In N(mean, variance):
 
-    denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )   (5)
-    noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                    (6)
-    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|             (7)
+    denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )  (5)
+    noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (6)
+    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|            (7)
 
-In (1), (3) and (4) L takes the place of log pi, whose value is unknown: in the mean L is an upper
-bound of it. The gradient of (3) passes through all K steps. For transitions (s, a, r, s') from the
-replay buffer, twins Z_j on atoms z_i, a' ~ pi(.|s') and a_new ~ pi(.|s):
+In (1), (3) and (4) below L takes the place of log pi, which is unknown: E[ L | a ] >= log pi(a|s).
+The gradient of (3) passes through all K steps. For transitions (s, a, r, s') from the replay
+buffer, r divided as in CrossQ, twins Z_j on atoms z_i, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
     target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
-                 r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms  (1)
-    critic       E[ sum_j cross-entropy of Z_j(s, a) to (1) - 0.005 entropy of Z_j(s, a) ]       (2)
-    actor        E[ alpha log pi(a_new|s) - mean_j E[ Z_j(s, a_new) ] ]                          (3)
-    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                  (4)
+                 r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms (1)
+    critic       E[ sum_j cross-entropy of Z_j(s, a) to (1) - 0.005 entropy of Z_j(s, a) ]      (2)
+    actor        E[ alpha log pi(a_new|s) - mean_j E[ Z_j(s, a_new) ] ]                         (3)
+    temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
     python dime.py --env-id Humanoid-v4
     python dime.py --resume runs/RUN/checkpoint.pt
@@ -90,7 +90,7 @@ class Args:
     autotune: bool = True  # tune alpha towards the target entropy
     alpha_anneal: float = 1.0  # fixed alpha: falls from this multiple of it
     alpha_lr: float = 1e-3  # learning rate of the temperature
-    target_entropy: float | None = None  # nats, in [-1, 1]; -1.665 dim(A) at nu 2.5
+    target_entropy: float | None = None  # nats, |a| <= 1; -1.665 dim(A) at nu 2.5
     normalize_obs: bool = True  # observations by running mean and std
     normalize_rewards: bool = True  # divided by the scale of past returns
 
@@ -122,7 +122,7 @@ class BatchRenorm(nn.Module):
     def forward(self, x, train):
         """Normalise x (2, batch, features) by the running mean and variance.
 
-        `train`: by the batch's; constants r, d make of it that by the running ones, which move.
+        `train` does it by the batch's, corrects by constants r, d, and moves the running ones.
         """
         running_std = (self.var + self.eps).sqrt()
         if not train:
@@ -183,7 +183,7 @@ def squash(latent):
 
 
 def dense(inputs, outputs, fan_in=None, bias=True):
-    """Linear layer with LeCun-normal weights and no bias at first."""
+    """Linear layer with LeCun-normal weights; a bias starts at 0."""
     layer = nn.Linear(inputs, outputs, bias)
     lecun_normal(layer.weight.data, fan_in or inputs)
     if bias:
@@ -199,7 +199,7 @@ class Actor(nn.Module):
         self.steps, self.prior_std = args.diffusion_steps, args.prior_std
         step = torch.arange(self.steps - 1, -1, -1.0)  # K - k in row k - 1: 0 for the first step
         cosine = torch.cos(math.pi / 2 * (0.008 + step / self.steps) / 1.008)
-        self.register_buffer("schedule", (0.999 * cosine.square() + 0.001)[:, None])
+        self.register_buffer("schedule", (0.999 * cosine.square() + 0.001)[:, None])  # b_k
         # through softplus, eta is 0.1 at first and kappa 1
         self.raw_eta = nn.Parameter(torch.tensor(math.log(math.expm1(0.1))))
         self.raw_kappa = nn.Parameter(torch.full((action_dim,), math.log(math.expm1(1.0))))
@@ -215,7 +215,7 @@ class Actor(nn.Module):
         self.fc2 = dense(args.hidden_dim, args.hidden_dim)
         self.fc3 = dense(args.hidden_dim, args.hidden_dim)
         self.fc_control = nn.Linear(args.hidden_dim, action_dim)
-        nn.init.zeros_(self.fc_control.weight)  # f = 0 at first: the policy is the squashed prior
+        nn.init.zeros_(self.fc_control.weight)  # f = 0 at first: nearly the squashed prior
         nn.init.zeros_(self.fc_control.bias)
         self.gelu = nn.GELU(approximate="tanh")
 
@@ -267,14 +267,14 @@ def project(probs, values, atoms):
     """Project probs at values (batch, num_atoms) onto the atoms (C51); outside: the end atoms."""
     last = len(atoms) - 1
     position = (values.clamp(atoms[0], atoms[-1]) - atoms[0]) * (last / (atoms[-1] - atoms[0]))
-    lower = position.nan_to_num().floor().clamp(0, last - 1)  # `share` keeps not-a-number
+    lower = position.nan_to_num().floor().clamp(0, last - 1)  # an index; `share` stays NaN
     share = position - lower
     projected = torch.zeros_like(probs).scatter_add_(1, lower.long(), probs * (1 - share))
     return projected.scatter_add_(1, lower.long() + 1, probs * share)
 
 
 def critic_loss(qf, batch, next_actions, next_cost, args):
-    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) of (1) off the support.
+    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) that projecting clips.
 
     next_cost (batch,) is alpha times the log-probability of next_actions.
     """
@@ -314,7 +314,7 @@ def main(args: Args):
     envs = make_envs(args.env_id, args.num_envs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     prior_entropy = 0.5 * action_dim * math.log(2 * math.pi * math.e * args.prior_std**2)
-    default = prior_entropy - 4 * action_dim  # L without the prior: 4 for each dimension
+    default = prior_entropy - 4 * action_dim  # then E[L] without the prior is 4 per dimension
     target_entropy = default if args.target_entropy is None else args.target_entropy
 
     actor = Actor(obs_dim, action_dim, args).to(device)
@@ -399,7 +399,7 @@ def main(args: Args):
         if metrics and run.due(100):
             run.log(metrics)
             if metrics["losses/clipped_targets"].mean() > 0.01:  # shown once
-                warnings.warn("over 1 % of targets lie outside --v-min, --v-max", stacklevel=1)
+                warnings.warn("over 1 % of the target lies outside --v-min, --v-max", stacklevel=1)
         if run.due(args.eval_frequency):
             run.evaluate(actor, obs_rms)
         run.save_when_due()
@@ -983,7 +983,7 @@ class ReplayBuffer:
 class ReturnScaler(nn.Module):
     """Divides rewards by max(std, largest / bound) of the discounted sums of past rewards.
 
-    The second keeps all sums within +-bound, the support of a critic, as in FlashSAC.
+    The second keeps all sums within +-bound, for critics 0.8 of their support, as in FlashSAC.
     """
 
     def __init__(self, num_envs, gamma, bound=math.inf):
