@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -99,11 +100,12 @@ def test_best_and_last_policy_are_kept(script, monkeypatch, tmp_path, capsys):
 def test_an_evaluation_heeds_signals(signum, tmp_path):
     flags = ["--env-id", "tests.scripted_env:Endless-v0", *SMALL, "--eval-frequency", "20"]
     command = [sys.executable, str(ROOT / "sac_continuous.py"), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signum, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     while "evaluating" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signum)
-    assert process.wait() == 128 + signum
+    assert process.wait(timeout=60) == 128 + signum
     assert load(run_dirs(tmp_path)[0])["global_step"] == 20
     with pytest.raises(KeyError):  # it was cut short
         scalars(run_dirs(tmp_path)[0], "eval/episodic_return")
