@@ -71,7 +71,7 @@ class Args:
     learning_rate: float = 3e-4  # of actor and critic
     anneal_lr: bool = True  # linearly to zero
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of the advantages (2)
+    gae_lambda: float = 0.9  # lambda of the advantages (2)
     num_minibatches: int = 32  # gradient steps per epoch
     update_epochs: int = 10  # epochs per rollout
     norm_adv: bool = True  # standardise advantages in each minibatch
