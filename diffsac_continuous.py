@@ -8,27 +8,30 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-The policy changes: K steps from a^K ~ p = N(0, nu^2 I), controls c_k = c(s, a^k, k), noise N(0, I):
+The policy changes: K steps lead from noise a^K ~ p = N(0, nu^2 I) to a^0. Step k renews the share
+delta_k of the variance by noise_k ~ N(0, I); a network shifts it by the control c_k = c(s, a^k, k):
 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
-log pi is unknown. (6), in the mean an upper bound of it, takes its place in (1), (3) and (4). A
-chain without control has density p at every step; control adds its cost:
+log pi has no closed form: (6) takes its place in (1), (3) and (4). Without control a^0 has density
+p, and (6) is log pi. With control its mean, given a, is log pi(a|s) + KL( chain that led to a ||
+free chain from a ), an upper bound. A free chain has no control; it also runs from a^0 to a^K:
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
---actor-gradient chain differentiates (3) through all K steps. step, the paper's and the default,
-replaces (3) by (8): it differentiates one step, and a critic V of the latents says what the others
-bring. (4) and (7) to (9) then use s' and a' of (1) and the chain to a'. V_0 is known. For j > 0 a
-network of (s, a^j, j) predicts a^0, as e, the cost_j, and a rest: what Q̄ at tanh(e) lacks:
+--actor-gradient chain differentiates (3) through all K steps. step, the default, sees an episode of
+K moves, each at a cost of alpha |c_k|^2 / 2, and V_j(s, a^j) as the value of what is left:
 
-    cost_j log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2
-    V_j    E[ min_i Q̄_i(s, a) - alpha cost_j | s, a^j ]                                        (7)
-           = min_i Q̄_i(s, tanh e) + rest - alpha cost_j;   (8) has Q in place of Q̄
-    actor  E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],   each k in turn, a^k held constant    (8)
-    or     0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 reaches a bound; c̄: averaged weights   (9)
+    cost_j = log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2
+    V_j    = E[ min_i Q̄_i(s, tanh a^0) - alpha cost_j | s, a^j ],  for j > 0 by a network of
+             (s, a^j, j) with outputs e, rest, cost:  min_i Q̄_i(s, tanh e) + rest - alpha cost
+    fit      |e - a^0|^2 + (rest - min_i Q̄_i(s, tanh a^0) + min_i Q̄_i(s, tanh e))^2
+             + alpha^2 (cost - cost_j)^2                                                        (7)
+    actor    E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],  one k a row, a^k held constant      (8)
+    or       0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights   (9)
 
-D estimates the KL divergence of the chain of c from that of c̄: one step's, times K.
+(8) takes Q for Q̄. With exact V, K times its gradient is that of (3). D estimates KL( chain of
+c || chain of c̄ ). step uses the states s' and the chains of (1) for (4) and (7) to (9).
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -104,7 +107,7 @@ class Args:
     diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 1.0  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
-    delta_last: float = 0.01  # delta_1 of the last, if K > 1; geometric
+    delta_last: float = 0.01  # delta_1 of the last; geometric between
     learn_delta: bool = True  # learn delta per step and dimension
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9); step only
@@ -143,7 +146,7 @@ DELTA_MIN, DELTA_MAX = 1e-4, 0.999  # range of a learned delta
 
 
 class Chain(NamedTuple):
-    """One chain for each row of obs. Row k of latents is a^k, row k - 1 of the others is step k."""
+    """Chains of rows of obs. Row k of latents is a^k, row k - 1 of controls and noises step k's."""
 
     obs: torch.Tensor  # (batch, obs_dim)
     latents: torch.Tensor  # (K + 1, batch, action_dim)
@@ -157,8 +160,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.steps, self.prior_std = args.diffusion_steps, args.prior_std
-        ends = math.log10(args.delta_first), math.log10(args.delta_last)  # of steps K and 1
-        delta = torch.logspace(*ends, self.steps).flip(0)[:, None].expand(-1, action_dim)
+        fall = (args.delta_last / args.delta_first) ** torch.linspace(0, 1, self.steps).flip(0)
+        delta = args.delta_first * fall[:, None].expand(-1, action_dim)  # row k - 1 for step k
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
         # one layer on (s, k, a^k), cut into three: only the last is inside the loop over k
@@ -185,26 +188,26 @@ class Actor(nn.Module):
         shape = (self.steps + 1, obs.shape[0], self.fc_latent.in_features)
         noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
         noises, prior_noise = noise[:-1], noise[-1]
-        latents, controls = [self.prior_std * prior_noise], []
+        latent = self.prior_std * prior_noise  # a^K
+        latents, controls = [latent], []
         obs_features, (decay, std) = self.fc_obs(obs), self.kernels()
         for k in range(self.steps, 0, -1):
-            control = self.control(obs_features, latents[0], k)
-            latent = decay[k - 1] * latents[0] + std[k - 1] * (control + noises[k - 1])  # DIFF: (5)
+            control = self.control(obs_features, latent, k)
+            latent = decay[k - 1] * latent + std[k - 1] * (control + noises[k - 1])  # DIFF: (5)
             latents.insert(0, latent)
             controls.insert(0, control)
         return Chain(obs, torch.stack(latents), torch.stack(controls), noises)
 
     def end_cost(self, latent):
-        """The action of a^0, and log p(a^0) - log |da / da^0|, the first terms of (6)."""
-        normal = -0.5 * (latent / self.prior_std).square() - 0.5 * math.log(2 * math.pi)
-        action, log_det = squash(latent)
-        return action, (normal - math.log(self.prior_std)).sum(-1) - log_det
+        """log p(a^0) - log |da / da^0|, the first terms of (6); latent a^0 (..., action_dim)."""
+        log_p = -0.5 * (latent / self.prior_std).square() - math.log(self.prior_std * math.tau**0.5)
+        return log_p.sum(-1) - squash(latent)[1]
 
     def outcome(self, chain):
         """Action (batch, action_dim) of a chain, and the bound (6), (batch,)."""
-        action, end_cost = self.end_cost(chain.latents[0])
+        end = chain.latents[0]
         control_cost = 0.5 * chain.controls.square() + chain.controls * chain.noises
-        return action, end_cost + control_cost.sum((0, -1))  # DIFF: (6)
+        return torch.tanh(end), self.end_cost(end) + control_cost.sum((0, -1))  # DIFF: (6)
 
     def sample(self, obs):
         """Reparameterised action (batch, action_dim), and (6) in place of a log-probability."""
@@ -212,16 +215,7 @@ class Actor(nn.Module):
 
     def mean_action(self, obs):
         """Action (batch, action_dim) without noise."""
-        return self.outcome(self.chain(obs, noise_scale=0.0))[0]
-
-
-def latent_critic_network(obs_dim, action_dim, args):
-    """Network of (s, a^j, j / K) with the outputs e, rest and cost: `latent_critic` takes them."""
-    first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
-    second = nn.Linear(args.hidden_dim, args.hidden_dim)
-    last = nn.Linear(args.hidden_dim, action_dim + 2)
-    nn.init.zeros_(last.weight)  # no slope before there is evidence of one
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+        return torch.tanh(self.chain(obs, noise_scale=0.0).latents[0])
 
 
 def critic_loss(qf, batch, next_value, gamma):
@@ -238,6 +232,15 @@ def actor_loss(actor, qf, obs, alpha):
     return (alpha * log_prob - q).mean(), log_prob
 
 
+def latent_critic_network(obs_dim, action_dim, args):
+    """Network of (s, a^j, j / K) with the outputs e, rest and cost: `latent_critic` takes them."""
+    first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
+    second = nn.Linear(args.hidden_dim, args.hidden_dim)
+    last = nn.Linear(args.hidden_dim, action_dim + 2)
+    nn.init.zeros_(last.weight)  # no slope before there is evidence of one
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+
+
 def latent_critic(vf, obs, latent, place):
     """e (batch, action_dim), rest and cost (batch,) of V_j, at a^j; place is j / K (batch,)."""
     outputs = vf(torch.cat((obs, latent, place[:, None]), dim=-1)).to(obs.dtype)
@@ -251,7 +254,7 @@ def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
     end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
     with torch.no_grad():
         control_cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: steps 1 ... j
-        sampled_cost = actor.end_cost(chain.latents[0])[1] + control_cost[j - 1, rows]
+        sampled_cost = actor.end_cost(chain.latents[0]) + control_cost[j - 1, rows]
         sampled_rest = q - qf_target(obs, torch.tanh(end)).amin(0)
     v_loss = F.mse_loss(rest, sampled_rest) + alpha**2 * F.mse_loss(cost, sampled_cost)  # DIFF: (7)
     return v_loss + (end - chain.latents[0]).square().sum(-1).mean()
@@ -260,8 +263,8 @@ def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
 def latent_value(actor, qf, vf, obs, latent, j, alpha):
     """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), as (8) has it."""
     end, rest, cost = latent_critic(vf, obs, latent, j / actor.steps)
-    end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known
-    rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent)[1])
+    end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known: e = a^0, no rest, cost_0
+    rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent))
     return qf(obs, torch.tanh(end)).amin(0) + rest - alpha * cost
 
 
@@ -272,9 +275,9 @@ def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
     latent = chain.latents[k, rows]
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
-    # with fresh noise: that of the chain would be as right
-    latent = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
-    value = latent_value(actor, qf, vf, obs, latent, k - 1, alpha)
+    # fresh noise: V has just been fitted to the chain's own a^(k-1)
+    x = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
+    value = latent_value(actor, qf, vf, obs, x, k - 1, alpha)
     surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
     kl = 0.5 * actor.steps * (control - average_control).square().sum(-1)
     return torch.where(kl < kl_bound, surrogate, 0.3 * kl).mean(), kl  # DIFF: (9)
@@ -317,7 +320,7 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            # the chain at s' serves (7) and (8) too; a terminal s' has no action: its row gets s
+            # step uses this chain in (4), (7) to (9); a terminal s' has no action: its row gets s
             states = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
             chain = actor.chain(states)
             next_actions, next_log_prob = actor.outcome(chain)
@@ -326,7 +329,7 @@ def main(args: Args):
         descend(q_optimizer, q_loss)
 
         if args.actor_gradient == "chain":
-            pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)
+            pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)  # as in SAC
         else:
             v_loss = latent_critic_loss(actor, qf_target, vf, chain, next_q, alpha)
             descend(v_optimizer, v_loss)

@@ -15,7 +15,7 @@ can. -d phi takes the place of the gradient of (3) by phi; grad_phi holds x and 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
-    penalty      weights times KL( moving average of the policy || policy ), of mean and std    (W4)
+    penalty      weighted KL( averaged || present policy ), of means and of stds alone          (W4)
 
     python wpo_continuous.py --env-id HalfCheetah-v4
     python wpo_continuous.py --resume runs/RUN/checkpoint.pt

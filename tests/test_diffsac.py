@@ -368,7 +368,7 @@ def test_entropy_bound_lies_below_the_entropy_of_the_action():
             kernel = torch.exp(-0.5 * ((grid[:, None] - mean) / std[k - 1]) ** 2)  # (to, from)
             density = kernel @ density * dx / (std[k - 1] * math.sqrt(2 * math.pi))
         assert density.sum().item() * dx == pytest.approx(1, abs=1e-6)
-        cost += (density * actor.end_cost(grid[:, None])[1]).sum().item() * dx
+        cost += (density * actor.end_cost(grid[:, None])).sum().item() * dx
         log_det = diffsac.squash(grid[:, None])[1]
         entropy = (density * (log_det - torch.log(density + 1e-300))).sum().item() * dx
         action, log_ratio = actor.sample(torch.zeros(400_000, 1))

@@ -24,9 +24,9 @@ SHARED = {  # definitions, and methods, of the same text in both files
 }
 LINES = {  # above the frame, and whole
     "sac_continuous.py": (255, 815),
-    "diffsac_continuous.py": (390, 960),
+    "diffsac_continuous.py": (393, 965),
     "wpo_continuous.py": (315, 860),
-    "diffwpo_continuous.py": (445, 1000),
+    "diffwpo_continuous.py": (450, 1005),
     "ppo_continuous.py": (280, 850),
     "diffppo_continuous.py": (370, 935),
     "crossq_continuous.py": (345, 950),

@@ -34,8 +34,7 @@ def exact_loss(actor, qf, chain, alpha):
             control, (decay, std) = policy.control(policy.fc_obs(obs), latent, i), policy.kernels()
             latent = decay[i - 1] * latent + std[i - 1] * (control + torch.randn_like(latent))
             cost = cost + 0.5 * alpha * control.square().sum(-1)
-        action, end_cost = actor.end_cost(latent)
-        costs.append(cost + alpha * end_cost - qf(obs, action).amin(0))
+        costs.append(cost + alpha * actor.end_cost(latent) - qf(obs, torch.tanh(latent)).amin(0))
     return torch.cat(costs).mean()
 
 
