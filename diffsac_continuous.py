@@ -464,6 +464,8 @@ def set_up(args):
         fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
         fail("--track needs the package wandb, and `wandb login` or WANDB_MODE=offline")
+    if args.bf16 and "clip_coef" in given:
+        fail("--bf16 is for off-policy scripts: PPO's ratios would suffer from rounded means")
     if args.bf16 and not has_bf16(devices[0]):
         fail("--bf16 needs a processor or card with bfloat16 instructions: it is slow without")
     torch.set_num_threads(args.torch_threads)
@@ -785,7 +787,8 @@ class Run:
         envs, device, found = self.eval_envs, obs_rms.mean.device, {}
         policies = {"": lambda obs: actor.sample(obs)[0], "_mean_action": actor.mean_action}
         for name, policy in policies.items():
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            devices = [] if device.type == "cpu" else [device]
+            with torch.random.fork_rng(devices, device_type=device.type):
                 torch.manual_seed(self.args.seed)
                 obs, _ = envs.reset(seed=env_seeds(self.args.seed, envs.num_envs, 0))
                 returns, active, steps = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), 0
@@ -845,7 +848,8 @@ class Run:
 
     def restore(self, checkpoint):
         """Load all parts; optimisers keep the learning rates of the flags."""
-        for name in ("env_id", "v_min", "v_max", "num_atoms", "normalize_rewards"):
+        fixed = "env_id normalize_obs normalize_rewards v_min v_max num_atoms prior_std"
+        for name in fixed.split():  # the networks have learned with these
             old = getattr(checkpoint["args"], name, None)
             if old != getattr(self.args, name, None):
                 fail(f"the checkpoint has --{name.replace('_', '-')} {old}: it cannot be changed")

@@ -23,14 +23,14 @@ SHARED = {  # definitions, and methods, of the same text in both files
     latent_critic latent_critic_loss latent_value temperature_loss""",
 }
 LINES = {  # above the frame, and whole
-    "sac_continuous.py": (255, 815),
-    "diffsac_continuous.py": (393, 965),
-    "wpo_continuous.py": (315, 860),
-    "diffwpo_continuous.py": (450, 1005),
-    "ppo_continuous.py": (280, 850),
-    "diffppo_continuous.py": (370, 935),
-    "crossq_continuous.py": (345, 950),
-    "dime.py": (410, 1012),
+    "sac_continuous.py": (255, 820),
+    "diffsac_continuous.py": (393, 970),
+    "wpo_continuous.py": (315, 865),
+    "diffwpo_continuous.py": (450, 1010),
+    "ppo_continuous.py": (280, 855),
+    "diffppo_continuous.py": (370, 940),
+    "crossq_continuous.py": (345, 955),
+    "dime.py": (410, 1017),
 }
 MOST_OF_MAIN = 100
 
