@@ -431,8 +431,12 @@ def set_up(args):
         fail("--buffer-size must not be smaller than --num-envs")
     devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
     devices = [name for name in devices if getattr(torch, name).is_available()]
-    if not devices or (args.cuda_graph and devices[0] != "cuda"):
-        fail(f"--device {args.device} is not available, or --cuda-graph is without CUDA")
+    if not devices:
+        fail(f"--device {args.device} is not available: PyTorch sees none")
+    if args.cuda_graph and devices[0] != "cuda":
+        fail("--cuda-graph needs a CUDA card, and PyTorch sees none")
+    if args.cuda_graph and not importlib.util.find_spec("tensordict"):
+        fail("--cuda-graph needs the package tensordict: pip install tensordict")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
         fail("--compile needs a C++ compiler, g++ or clang++")
     if args.track and not tracking_works():
@@ -607,6 +611,8 @@ def speed_up(args, device, *updates, act):
 
 def load_checkpoint(path):
     """Checkpoint of this script, tensors on the CPU, "args" as `Args`. Executes nothing of it."""
+    if not Path(path).is_file():
+        fail(f"there is no file {path}; a checkpoint is runs/RUN/checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if checkpoint["script"] == Path(__file__).stem:
@@ -632,7 +638,7 @@ class Run:
         self.folder, self.evaluated, self.best_return = self.open_folder(), 0, -math.inf
         if args.resume:
             self.restore(load_checkpoint(args.resume))
-        Run.exists, self.stop_signal, self.last_return = True, None, math.nan
+        Run.exists, self.stop_signal, self.last_episode = True, None, "no episode yet"
         self.first_step, self.start_time, self.save_time = self.step, time.time(), time.time()
         self.line_step, self.line_time = self.step, time.time()
         if args.track:
@@ -718,16 +724,15 @@ class Run:
         self.check({"an observation": np.stack(observations), "a reward": rewards})
         for i in np.flatnonzero(infos.get("_final_info", ())):
             episode = infos["final_info"]["episode"]
-            self.last_return = episode["r"][i]
-            self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
+            self.last_episode = f"return {episode['r'][i]:.1f}"
+            self.writer.add_scalar("charts/episodic_return", episode["r"][i], self.step)
             self.writer.add_scalar("charts/episodic_length", episode["l"][i], self.step)
-            self.bar.set_postfix_str(f"return {self.last_return:.1f}", refresh=False)
+            self.bar.set_postfix_str(self.last_episode, refresh=False)
         wait = 60 if self.line_step > self.first_step else 10
         if self.bar.disable and time.time() > self.line_time + wait:  # no terminal
             speed = (self.step - self.line_step) / (time.time() - self.line_time)
             left = tqdm.format_interval((self.args.total_timesteps - self.step) / speed)
-            line = f"step {self.step}: return {self.last_return:.1f}"
-            self.say(f"{line}, {speed:.0f} steps/s, {left} left")
+            self.say(f"step {self.step}: {self.last_episode}, {speed:.0f} steps/s, {left} left")
             self.line_step, self.line_time = self.step, time.time()
         self.bar.update(self.args.num_envs)
 

@@ -1,5 +1,6 @@
 """--compile, --bf16 and --cuda-graph against the plain update."""
 
+import importlib.util
 import os
 import sys
 import types
@@ -52,6 +53,7 @@ def test_update_and_policy_are_free_of_host_reads(script, monkeypatch, tmp_path)
     fake.CudaGraphModule = guard
     monkeypatch.setitem(sys.modules, "tensordict", types.ModuleType("tensordict"))
     monkeypatch.setitem(sys.modules, "tensordict.nn", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(script, "fail", lambda message: None)
     adam = torch.optim.Adam
     monkeypatch.setattr(

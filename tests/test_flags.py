@@ -191,7 +191,7 @@ def test_every_flag_away_from_its_default(script):
     flags = ["--env-id", "Short-v0", "--device", "cpu", "--total-timesteps", "50"]
     for field in dataclasses.fields(script.Args):
         flag = f"--{field.name.replace('_', '-')}"
-        if field.name in FIXED:
+        if field.name in FIXED or (field.name == "bf16" and script in ON_POLICY):
             continue
         if bool in kinds(field):
             flags.append(f"--no-{flag[2:]}" if field.default else flag)

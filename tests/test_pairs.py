@@ -23,14 +23,14 @@ SHARED = {  # definitions, and methods, of the same text in both files
     latent_critic latent_critic_loss latent_value temperature_loss""",
 }
 LINES = {  # above the frame, and whole
-    "sac_continuous.py": (255, 820),
-    "diffsac_continuous.py": (393, 970),
-    "wpo_continuous.py": (315, 865),
-    "diffwpo_continuous.py": (450, 1010),
-    "ppo_continuous.py": (280, 855),
-    "diffppo_continuous.py": (370, 940),
-    "crossq_continuous.py": (345, 955),
-    "dime.py": (410, 1017),
+    "sac_continuous.py": (255, 823),
+    "diffsac_continuous.py": (393, 973),
+    "wpo_continuous.py": (315, 868),
+    "diffwpo_continuous.py": (450, 1013),
+    "ppo_continuous.py": (280, 858),
+    "diffppo_continuous.py": (370, 943),
+    "crossq_continuous.py": (345, 958),
+    "dime.py": (410, 1020),
 }
 MOST_OF_MAIN = 100
 

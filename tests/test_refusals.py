@@ -49,6 +49,20 @@ def test_compile_without_a_compiler_is_refused(monkeypatch, tmp_path, capsys):
     assert run_script(monkeypatch, sac, *PENDULUM, "--total-timesteps", 20) == 0
 
 
+def test_cuda_graphs_without_tensordict_are_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run_script(monkeypatch, sac, "--cuda-graph", "--device", "cuda") == 2
+    assert "pip install tensordict" in capsys.readouterr().err and not run_dirs(tmp_path)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(script, monkeypatch, tmp_path, capsys):
+    for path in (tmp_path / "nothing.pt", tmp_path):
+        assert run_script(monkeypatch, script, "--resume", path) == 2
+        assert "there is no file" in capsys.readouterr().err
+
+
 def test_more_steps_than_rows_are_refused_where_each_row_has_one(monkeypatch, tmp_path):
     flags = [*PENDULUM, "--total-timesteps", 50, "--diffusion-steps", 17]
     assert run_script(monkeypatch, diffsac, *flags) == 2 and not run_dirs(tmp_path)

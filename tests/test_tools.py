@@ -195,6 +195,14 @@ def test_figure_over_hours_and_published_points(tmp_path, monkeypatch, capsys):
     assert [(line.get_label(), *line.get_xydata()[0]) for line in points] == [("theirs", 900, 7)]
 
 
+def test_a_seed_that_ends_early_is_named(tmp_path, capsys):
+    files = [a_run(tmp_path, "sac", seed, [1.0] * count) for seed, count in ((1, 3), (2, 1))]
+    plot.table(files)
+    out, error = capsys.readouterr()
+    assert "| sac | 1, 2 | 600 |" in out
+    assert "ends with the shortest: seed 1 at 1,800, seed 2 at 600" in error
+
+
 def test_runs_of_one_seed_are_told_apart_by_an_argument(tmp_path, capsys):
     """And one without an evaluation is left out, the others are shown."""
     files = [a_run(tmp_path, "diffsac", 1, [1.0, 2.0 * k], diffusion_steps=k) for k in (1, 4)]
@@ -216,8 +224,12 @@ def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path, capsys):
     assert "none of the runs has losses/alpha" in refused(
         capsys, plot.table, other[:1], "losses/alpha"
     )
-    draw = lambda: plot.figure(other[:1], to=tmp_path, against="nothing")
-    assert "no numeric argument nothing" in refused(capsys, draw)
+    for flags in ({"against": "nothing"}, {"distinguish": ("diffusion-step",)}):
+        draw = lambda flags=flags: plot.figure(other[:1], to=tmp_path, **flags)
+        assert "none of the runs has an argument" in refused(capsys, draw)
+    draw = lambda: plot.figure(other[:1], to=tmp_path, against="env_id")
+    assert "no numeric argument env_id" in refused(capsys, draw)
+    assert "there is no pair" in refused(capsys, plot.compare, other[:1])
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Args:
-    checkpoint: tyro.conf.Positional[Path]  # or policy, written by one of the scripts
+    checkpoint: tyro.conf.Positional[Path]  # checkpoint or policy that one of the scripts wrote
     episodes: int = 10  # one after the other
     mean_action: bool = False  # act without noise
     render: bool = False  # show a window
@@ -110,7 +110,8 @@ def make_env(args, checkpoint, module):
             env.render()  # fails here, before a film is begun
             follow(env)
         if args.video:
-            name, every = re.sub(r"[^\w.-]", "-", env_id), lambda episode: True
+            name = f"{env_id}-{checkpoint['script']}-{checkpoint['args'].seed}"
+            name, every = re.sub(r"[^\w.-]", "-", name), lambda episode: True
             env = gym.wrappers.RecordVideo(env, str(args.video), every, name_prefix=name)
         env = module.Interface(env)
     except Exception as error:  # of pictures above all: packages and drivers of all kinds
@@ -130,7 +131,7 @@ def main(args: Args):
     for episode in range(args.episodes):
         obs, _ = env.reset(seed=args.seed + episode)
         total, length, ended = 0.0, 0, False
-        while not ended:
+        while not ended and length < 10_000:  # as the scripts' evaluations
             with torch.no_grad():
                 action = policy(torch.as_tensor(obs)[None])[0].numpy()
             obs, reward, terminated, truncated, _ = env.step(action)

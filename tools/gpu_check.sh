@@ -5,6 +5,7 @@
 #   DEVICE=cpu STEPS=800 tools/gpu_check.sh      a dry run without a card, small sizes
 #   STEPS=1200 COMPILE=0 tools/gpu_check.sh      five minutes: shorter runs, no --compile
 #
+# It needs pip install -r requirements-dev.txt tensordict.
 # stable-baselines3 is measured too where it is installed. What fails has no figure in the table.
 set -euo pipefail
 out=$(realpath -m "${1:-gpu_check}")

@@ -167,8 +167,12 @@ def curves_of(runs, metric, key=(), clock=False):
 
     With `clock` the values are hours of training.
     """
-    found = defaultdict(lambda: defaultdict(dict))
-    for path, run in read(runs):
+    found, key = defaultdict(lambda: defaultdict(dict)), [k.replace("-", "_") for k in key]
+    read_runs = read(runs)
+    for k in key:
+        if not any(k in run.facts for _, run in read_runs):
+            fail(f"none of the runs has an argument {k}")
+    for path, run in read_runs:
         curve = hours(run, metric) if clock else run.curves[run.curves.metric == metric]
         curve = curve.drop_duplicates("step", keep="last")
         name = run.facts["exp_name"].removesuffix("_continuous")
@@ -178,7 +182,7 @@ def curves_of(runs, metric, key=(), clock=False):
             continue
         columns = found[run.facts["env_id"]][name, *(run.facts.get(k) for k in key)]
         if run.facts["seed"] in columns:
-            hint = "tell them apart by --distinguish ARGUMENT, or --exp-name when they run"
+            hint = "leave one out, or tell them apart by --distinguish ARGUMENT (or began)"
             fail(f"{path} is another run of {name} with seed {run.facts['seed']}: {hint}")
         columns[run.facts["seed"]] = curve.set_index("step").value
     tables = {
@@ -189,7 +193,15 @@ def curves_of(runs, metric, key=(), clock=False):
         for name, table in groups.items():
             if table.empty:
                 fail(f"the runs of {name[0]} on {env_id} have no steps of {metric} in common")
-    return tables or fail(f"none of the runs has {metric}")
+            ends = {seed: curve.index[-1] for seed, curve in found[env_id][name].items()}
+            if min(ends.values()) < max(ends.values()):
+                ends = ", ".join(f"seed {seed} at {end:,}" for seed, end in ends.items())
+                print(
+                    f"warning: {name[0]} on {env_id} ends with the shortest: {ends}",
+                    file=sys.stderr,
+                )
+    kept = sorted({name for _, run in read_runs for name in run.curves.metric.unique()})
+    return tables or fail(f"none of the runs has {metric}; there are {', '.join(kept)}")
 
 
 def label(name, *values, key=()):
@@ -214,7 +226,8 @@ def draw_curves(axis, name, colour, table, x, stat):
     """Centre and band over the seeds, and each seed as a thin line."""
     centre, low, high = summary(table.to_numpy(), stat)
     seeds = f"{len(table.columns)} seed{'s' * (len(table.columns) > 1)}"
-    axis.plot(x, centre, color=colour, linewidth=2, label=f"{name} ({seeds})")
+    dot = "o" if len(x) == 1 else None
+    axis.plot(x, centre, color=colour, linewidth=2, marker=dot, label=f"{name} ({seeds})")
     axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.plot(x, table, color=colour, linewidth=0.6, alpha=0.6)
 
@@ -305,8 +318,7 @@ def compare(runs: Paths, metric: str = RETURN) -> None:
     Difference of the means and probability of improvement (Agarwal et al. 2021, arXiv 2108.13264),
     with bootstrap intervals of 95 %; with three seeds and fewer these are too narrow.
     """
-    print("| environment | pair | steps | seeds | difference | probability of improvement |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for env_id, groups in sorted(curves_of(runs, metric).items()):
         for first, second in TWINS:
             for variant in sorted(name for (name,) in groups if name.split("_")[0] == second):
@@ -323,7 +335,11 @@ def compare(runs: Paths, metric: str = RETURN) -> None:
                         drawn = bootstrap((y, x), statistic, method="percentile", rng=0)
                         low, high = drawn.confidence_interval
                         cells[-1] += f" [{low:{form}}, {high:{form}}]"
-                print(f"| {' | '.join(cells)} |")
+                rows.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        fail("there is no pair: names begin with those of a script and of its twin")
+    print("| environment | pair | steps | seeds | difference | probability of improvement |")
+    print("|---|---|---|---|---|---|", *rows, sep="\n")
 
 
 def table(runs: Paths, metric: str = RETURN, distinguish: tuple[str, ...] = ()) -> None:

@@ -58,6 +58,8 @@ def load_policy(path):
         fail(f"{path} is of {args.env_id}, not of an environment in toys/")
     alpha = args.alpha
     if getattr(args, "autotune", False):
+        if "temperature" not in checkpoint:
+            fail(f"{path} holds a policy alone; its temperature is in checkpoint.pt")
         alpha = checkpoint["temperature"]["log_alpha"].exp().item()
     if alpha == 0:
         fail(f"{path} is of a run with --alpha 0, for which there is no optimal density")
