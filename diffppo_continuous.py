@@ -100,7 +100,7 @@ class Args:
     diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 0.5  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
-    delta_last: float = 0.01  # delta_1 of the last, if K > 1; geometric
+    delta_last: float = 0.01  # delta_1 of the last; geometric between
     learn_delta: bool = True  # learn delta per step and dimension
 
 
@@ -153,13 +153,13 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.steps, self.prior_std = args.diffusion_steps, args.prior_std
-        ends = math.log10(args.delta_first), math.log10(args.delta_last)  # of steps K and 1
-        delta = torch.logspace(*ends, self.steps).flip(0)[:, None].repeat(1, action_dim)
+        fall = (args.delta_last / args.delta_first) ** torch.linspace(0, 1, self.steps).flip(0)
+        delta = args.delta_first * fall[:, None].repeat(1, action_dim)  # row k - 1 for step k
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
         inputs = obs_dim + action_dim + self.steps  # (s, a^k, k)
         self.net = mlp(inputs, action_dim, args.hidden_dim, last_gain=0.0)  # c = 0 at first
-        self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log())  # row k - 1 for step k
+        self.log_std = nn.Parameter((self.prior_std * delta.sqrt()).log())
 
     def free_steps(self):
         """Decay sqrt(1 - delta_k) and std nu sqrt(delta_k), (K, action_dim); k in row k - 1."""
