@@ -5,6 +5,7 @@
 #   ./benchmark.sh humanoid --workers 8                        off-policy scripts on Humanoid-v4
 #   ./benchmark.sh humanoid-on-policy --workers 8              PPO and DiffPPO on it
 #   ./benchmark.sh mujoco                                      each diffusion script against its twin, four tasks
+#   ./benchmark.sh humanoid --workers 8 --flags "--cuda-graph"   on one GPU, with MPS: docs/performance.md
 #   ./benchmark.sh humanoid --slurm --slurm-args "--time=24:00:00 --partition=gpu --gres=gpu:1"
 #   ./benchmark.sh diffusion-steps                             K = 1 ... 16 on Humanoid-v4
 #   ./benchmark.sh toy                                         the environments with a known optimum
@@ -86,7 +87,7 @@ toy)
         "{ppo_continuous.py,diffppo_continuous.py} $gmm $on $anneal"
     ;;
 *)
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

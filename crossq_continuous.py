@@ -809,8 +809,8 @@ class Run:
 
     def restore(self, checkpoint):
         """Load all parts; optimisers keep the learning rates of the flags."""
-        fixed = "env_id normalize_obs normalize_rewards v_min v_max num_atoms prior_std"
-        for name in fixed.split():  # the networks have learned with these
+        fixed = "env_id seed normalize_obs normalize_rewards v_min v_max num_atoms prior_std"
+        for name in fixed.split():  # the run has learned with these
             old = getattr(checkpoint["args"], name, None)
             if old != getattr(self.args, name, None):
                 fail(f"the checkpoint has --{name.replace('_', '-')} {old}: it cannot be changed")

@@ -109,6 +109,12 @@ def test_every_cell_runs_once(tmp_path):
     assert starts(tmp_path) == [1] * 6
 
 
+def test_flags_are_added_to_every_command(tmp_path):
+    assert call(tmp_path, QUICK, "--flags", "--utd {1,0.5} --alpha 0.5")[1] == 0
+    found = {(c["args"]["utd"], c["args"]["alpha"]) for c in checkpoints(tmp_path)}
+    assert found == {(1, 0.5), (0.5, 0.5)}
+
+
 def test_failures_are_told_at_the_end_and_tried_again(tmp_path):
     bad = f"sac_continuous.py {SMALL} --total-timesteps 60 --gamma 2"
     error, code = call(tmp_path, bad, QUICK)

@@ -90,15 +90,14 @@ def test_resumed_state_is_the_saved_state(script, small, monkeypatch, tmp_path):
     assert equal(before, after)
 
 
-def test_what_the_networks_have_learned_with_cannot_change(
-    script, small, monkeypatch, tmp_path, capsys
-):
-    """The normaliser of observations, and a diffusion policy's prior."""
+def test_what_the_run_has_learned_with_cannot_change(script, small, monkeypatch, tmp_path, capsys):
+    """The seed, the normaliser of observations, and a diffusion policy's prior."""
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 100, *small]
     assert run_script(monkeypatch, script, *flags) == 0
     (run_dir,) = run_dirs(tmp_path)
     has_prior = hasattr(script.Args, "prior_std")
-    for flags in (["--no-normalize-obs"], *([["--prior-std", 0.7]] if has_prior else [])):
+    changes = ["--seed", 2], ["--no-normalize-obs"], *([["--prior-std", 0.7]] if has_prior else [])
+    for flags in changes:
         resume = ["--resume", run_dir / "checkpoint.pt", "--total-timesteps", 120]
         assert run_script(monkeypatch, script, *resume, *flags) == 2
         assert "cannot be changed" in capsys.readouterr().err

@@ -203,6 +203,17 @@ def test_a_seed_that_ends_early_is_named(tmp_path, capsys):
     assert "ends with the shortest: seed 1 at 1,800, seed 2 at 600" in error
 
 
+def test_seeds_with_other_arguments_are_named(tmp_path, capsys):
+    """Not those that differ in the machine alone; drawn apart they are no fault."""
+    facts = [{"q_lr": lr, "device": device} for lr, device in ((1e-3, "cpu"), (3e-4, "cuda"))]
+    files = [a_run(tmp_path, "sac", seed, [1.0], **fact) for seed, fact in enumerate(facts)]
+    plot.table(files)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: sac on ") and "mixes q_lr 0.0003, 0.001;" in warning
+    plot.table(files, distinguish=("q_lr",))
+    assert not capsys.readouterr().err
+
+
 def test_runs_of_one_seed_are_told_apart_by_an_argument(tmp_path, capsys):
     """And one without an evaluation is left out, the others are shown."""
     files = [a_run(tmp_path, "diffsac", 1, [1.0, 2.0 * k], diffusion_steps=k) for k in (1, 4)]

@@ -6,10 +6,11 @@
     python tools/benchmark.py quick ... --slurm --slurm-args "--time=02:00:00 --partition=cpu"
 
 The cells of the grid are all commands with all seeds; {a,b,c} in a command stands for one command
-with each. Every cell has the folder runs/benchmark/SUITE/CELL: its log, its run folder, and
-status.json, together the ledger. A cell that is done is never run again. One that was cut off or
-failed goes on from its checkpoint, if it has one and was not refused (exit code 2), else it starts
-again. A lock on the folder, held by the training itself too, keeps two calls from running one cell.
+with each, and --flags are added to all. Every cell has the folder runs/benchmark/SUITE/CELL: its
+log, its run folder, and status.json, together the ledger. A cell that is done is never run again.
+One that was cut off or failed goes on from its checkpoint, if it has one and was not refused (exit
+code 2), else it starts again. A lock on the folder, held by the training itself too, keeps two
+calls from running one cell.
 
 Exit code 0: all cells are done. 1: some failed; the end of their logs is printed. 130 after Ctrl-C:
 the trainings then have written a checkpoint.
@@ -55,6 +56,7 @@ class Args:
     suite: tyro.conf.Positional[str]  # name of the grid and of its folder
     commands: tuple[str, ...]  # scripts with their flags, without the seed
     seeds: tuple[int, ...] = (1, 2, 3)  # every command runs with each of these
+    flags: str = ""  # added to every command, such as --cuda-graph
     workers: int = field(default_factory=lambda: len(cores()))  # trainings at a time, a core each
     folder: Path = ROOT / "runs" / "benchmark"  # where the folders of the suites are
     slurm: bool = False  # submit what is not done as a job array
@@ -189,6 +191,7 @@ def submit(cells, args):
 
 def main(args: Args):
     args.folder = args.folder.resolve()  # the trainings run in other folders
+    args.commands = tuple(f"{command} {args.flags}".strip() for command in args.commands)
     commands = [command for line in args.commands for command in expand(line)]
     grid = [f"{command} --seed {seed}" for command in commands for seed in args.seeds]
     cells = [Cell(command, args.folder / args.suite) for command in grid]
@@ -227,7 +230,7 @@ def main(args: Args):
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    if "--slurm-args" in words[:-1]:  # its value begins with a dash, as flags do
-        i = words.index("--slurm-args")
+    for name in {"--flags", "--slurm-args"} & set(words[:-1]):  # their values begin with a dash
+        i = words.index(name)
         words[i : i + 2] = ["=".join(words[i : i + 2])]
     main(tyro.cli(Args, args=words))

@@ -42,12 +42,21 @@ if [ "$device" = cuda ]; then
     python -m pytest -q tests/test_fast_paths.py -k captured > "$out/tests.txt" || failed=2
     tail -n 20 "$out/tests.txt"
 fi
+graph=$([ "$device" = cuda ] && echo " --cuda-graph" || true)
+at_once() {
+    speed --steps "$steps" --copies "$copies" --to "$out/$1.csv" \
+        --contenders "diffsac_continuous.py --diffusion-steps 8$graph"
+}
 {
     speed --steps "$steps" --to "$out/speed.csv" --contenders "${speeds[@]}"
-    speed --steps $((12 * steps)) --to "$out/speed_ppo.csv" --contenders ppo_continuous.py
-    graph=$([ "$device" = cuda ] && echo --cuda-graph || true)
-    speed --steps "$steps" --copies "$copies" --to "$out/speed_at_once.csv" \
-        --contenders "diffsac_continuous.py --diffusion-steps 8${graph:+ $graph}"
+    speed --steps $((12 * steps)) --to "$out/speed_ppo.csv" \
+        --contenders ppo_continuous.py ${graph:+"ppo_continuous.py$graph"}
+    at_once speed_at_once
+    if [ "$device" = cuda ] && nvidia-cuda-mps-control -d; then # programs share the card
+        echo "with MPS:"
+        at_once speed_at_once_mps
+        echo quit | nvidia-cuda-mps-control
+    fi
 } > "$out/speed.md"
 cat "$out/speed.md"
 exit $failed

@@ -54,6 +54,8 @@ COLOURS = {  # Okabe and Ito: colour-blind safe
     "ppo": "#009E73",
     "diffppo": "#CC79A7",
 }
+MACHINE = """seed resume device torch_threads track compile cuda_graph total_timesteps
+eval_frequency checkpoint_frequency async_envs""".split()  # arguments that change no curve
 TWINS = [("sac", "diffsac"), ("ppo", "diffppo"), ("wpo", "diffwpo"), ("crossq", "dime")]
 Paths = Annotated[list[Path], tyro.conf.Positional]
 
@@ -162,12 +164,24 @@ def hours(run, metric):
     return curve.assign(value=np.interp(curve.step, speed.step, speed.step / speed.value / 3600))
 
 
+def warn_of_differences(name, env_id, runs):
+    """Seeds of one curve should have the same arguments (those before torch's version)."""
+    facts = [run.facts for run in runs]
+    for key in itertools.takewhile(lambda key: key != "torch", facts[0]):
+        values = {fact.get(key, facts[0][key]) for fact in facts}
+        if len(values) > 1 and key not in MACHINE:
+            values = ", ".join(sorted(values))
+            hint = f"--distinguish {key} draws them apart"
+            print(f"warning: {name} on {env_id} mixes {key} {values}; {hint}", file=sys.stderr)
+
+
 def curves_of(runs, metric, key=(), clock=False):
     """{environment: {(name, values of key): table with a row a step and a column a seed}}.
 
     With `clock` the values are hours of training.
     """
     found, key = defaultdict(lambda: defaultdict(dict)), [k.replace("-", "_") for k in key]
+    grouped = defaultdict(list)
     read_runs = read(runs)
     for k in key:
         if not any(k in run.facts for _, run in read_runs):
@@ -180,11 +194,13 @@ def curves_of(runs, metric, key=(), clock=False):
             what = f"speeds, or was resumed, or has no {metric}" if clock else metric
             print(f"warning: {path} has no {what}: left out", file=sys.stderr)
             continue
-        columns = found[run.facts["env_id"]][name, *(run.facts.get(k) for k in key)]
+        group, env_id = (name, *(run.facts.get(k) for k in key)), run.facts["env_id"]
+        columns = found[env_id][group]
         if run.facts["seed"] in columns:
             hint = "leave one out, or tell them apart by --distinguish ARGUMENT (or began)"
             fail(f"{path} is another run of {name} with seed {run.facts['seed']}: {hint}")
         columns[run.facts["seed"]] = curve.set_index("step").value
+        grouped[label(*group, key=key), env_id].append(run)
     tables = {
         env_id: {name: pd.DataFrame(columns).dropna() for name, columns in groups.items()}
         for env_id, groups in found.items()
@@ -200,6 +216,9 @@ def curves_of(runs, metric, key=(), clock=False):
                     f"warning: {name[0]} on {env_id} ends with the shortest: {ends}",
                     file=sys.stderr,
                 )
+    for (name, env_id), members in grouped.items():
+        if not clock:
+            warn_of_differences(name, env_id, members)
     kept = sorted({name for _, run in read_runs for name in run.curves.metric.unique()})
     return tables or fail(f"none of the runs has {metric}; there are {', '.join(kept)}")
 
