@@ -100,7 +100,7 @@ class Args:
     diffusion_steps: int = 8  # denoising steps K
     prior_std: float = 0.5  # standard deviation nu of the prior
     delta_first: float = 0.9  # delta_K of the first denoising step
-    delta_last: float = 0.01  # delta_1 of the last; geometric between
+    delta_last: float | None = None  # delta_1 of the last, 1 / K; geometric between
     learn_delta: bool = True  # learn delta per step and dimension
 
 
@@ -153,7 +153,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.steps, self.prior_std = args.diffusion_steps, args.prior_std
-        fall = (args.delta_last / args.delta_first) ** torch.linspace(0, 1, self.steps).flip(0)
+        last = args.delta_last or min(1 / self.steps, args.delta_first)  # about equal shares in a^0
+        fall = (last / args.delta_first) ** torch.linspace(0, 1, self.steps).flip(0)
         delta = args.delta_first * fall[:, None].repeat(1, action_dim)  # row k - 1 for step k
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)

@@ -301,6 +301,28 @@ def test_first_policy_is_the_squashed_prior():
     torch.testing.assert_close(log_ratio[1], expected)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 16])
+def test_no_step_makes_most_of_the_noise(steps):
+    """Shares of the first policy's variance: about 1 / K each, and that of the prior is small."""
+    actor = make_actor(diffppo, 1, action_dim=1, diffusion_steps=steps)
+    decay, free_std = (x[:, 0] for x in actor.free_steps())
+    before = torch.cat((torch.ones(1), decay.cumprod(0)))  # what is left of a^k's noise in a^0
+    shares = (
+        before * torch.cat((free_std, torch.tensor([actor.prior_std]))) / actor.prior_std
+    ) ** 2
+    assert shares.sum().item() == pytest.approx(1)
+    assert shares[0].item() == pytest.approx(0.9 if steps == 1 else 1 / steps)
+    assert shares.max() < 2 / steps and shares[-1] < 0.11
+    with torch.no_grad():
+        noise = actor.latents(torch.zeros(50_000, 1))[0].std().item()
+    assert noise == pytest.approx(actor.prior_std, rel=0.02)
+
+
+def test_a_small_first_delta_is_not_exceeded():
+    actor = make_actor(diffppo, diffusion_steps=2, delta_first=0.3)
+    torch.testing.assert_close(actor.free_steps()[0], torch.full((2, 1), 0.7**0.5))
+
+
 def test_log_ratio_telescopes_to_the_noising_kernels():
     """(8) is log q of the chain minus log of the exact noising from a^0: detailed balance."""
     actor = make_actor(diffppo, action_dim=2, diffusion_steps=4, prior_std=0.8, hidden_dim=16)
