@@ -19,10 +19,11 @@ a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions 
     free step    n(x|a^k)    = N( sqrt(1 - delta_k) a^k, nu^2 delta_k I ),  which keeps p       (7)
     log pi       log q - log n at each step, and at the end log p(a^0) - log |da / da^0|        (8)
     discounts    gamma = lambda = 1 inside a chain                                              (9)
-    actor        (4) - alpha E[ rho log n ], rho constant, 0 where clipped: n depends on delta (10)
+    actor        (4) - alpha E[ rho log n ] / the std of (3), rho constant, 0 where clipped    (10)
 
-delta_k and std_k are learned, each for each step and dimension. (8) stands for log pi in (1) and
-(3), and its sum is an upper bound (in the mean) of log pi(a|s); the ratio rho of (4) is q / q_old.
+delta_k and std_k are learned, each for each step and dimension; (10) is there because n depends on
+delta. (8) stands for log pi in (1) and (3); its sum is an upper bound (in the mean) of log pi(a|s).
+The ratio rho of (4) is q / q_old.
 
     python diffppo_continuous.py --env-id HalfCheetah-v4
     python diffppo_continuous.py --resume runs/RUN/checkpoint.pt

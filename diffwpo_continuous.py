@@ -8,22 +8,22 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-The actor's step changes. Let a_new = tanh(x), g the density of x, and phi = (mean, std) what the
-network returns. Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it
-can. -d phi takes the place of the gradient of (3) by phi; grad_phi holds x and v constant:
+The actor's step changes. Let a_new = tanh(x), and g the density of x, a Gaussian with phi = (mean,
+std). Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it can. -d phi
+takes the place of the gradient of (3) by phi; grad_phi holds x and v constant:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
 
-The policy changes: K steps lead from noise a^K ~ p = N(0, nu^2 I) to a^0. Step k renews the share
-delta_k of the variance by noise_k ~ N(0, I); a network shifts it by the control c_k = c(s, a^k, k):
+The policy changes: K steps lead from noise a^K ~ p = N(0, nu^2 I) to a^0. Step k replaces a share
+delta_k of the variance by noise_k ~ N(0, I), to which a network adds a control c_k = c(s, a^k, k):
 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
-log pi has no closed form: (6) takes its place in (1), (3) and (4). Without control a^0 has density
-p, and (6) is log pi. With control its mean, given a, is log pi(a|s) + KL( chain that led to a ||
-free chain from a ), an upper bound. A free chain has no control; it also runs from a^0 to a^K:
+log pi has no closed form: (6) takes its place in (1), (3) and (4). A free chain, with c = 0, keeps
+p, and can be run backwards, from a^0 to a^K. The mean of (6), given a, is log pi(a|s) + KL( a^1 ...
+a^K that led to a || those of a free chain run backwards from a ), an upper bound of log pi(a|s):
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
@@ -34,7 +34,7 @@ nu sqrt(delta_k). v_k takes the place of v, and V_j(s, a^j) is the value of what
     V_j    = E[ min_i Q̄_i(s, tanh a^0) - alpha cost_j | s, a^j ],  for j > 0 by a network of
              (s, a^j, j) with outputs e, rest, cost:  min_i Q̄_i(s, tanh e) + rest - alpha cost
     fit      |e - a^0|^2 + (rest - min_i Q̄_i(s, tanh a^0) + min_i Q̄_i(s, tanh e))^2
-             + alpha^2 (cost - cost_j)^2                                                        (7)
+             + alpha^2 (cost - cost_j)^2,  with e constant inside Q̄                            (7)
     v_k    = grad_x V_(k-1)(s, x) - alpha c_k / std_k,   with Q in place of Q̄                  (8)
     loss     0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights   (9)
     else     a loss of gradient -(W2), minus alpha log n(x): x constant, n step k without c_k  (10)

@@ -8,9 +8,9 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-The actor's step changes. Let a_new = tanh(x), g the density of x, and phi = (mean, std) what the
-network returns. Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it
-can. -d phi takes the place of the gradient of (3) by phi; grad_phi holds x and v constant:
+The actor's step changes. Let a_new = tanh(x), and g the density of x, a Gaussian with phi = (mean,
+std). Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it can. -d phi
+takes the place of the gradient of (3) by phi; grad_phi holds x and v constant:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)

@@ -234,16 +234,16 @@ def test_step_gradients_with_exact_values_add_up_to_the_chains(monkeypatch):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_latent_critic_learns_what_the_chains_brought(steps):
-    """Equation (7), one row after another."""
+    """Equation (7), one row after another; e learns from |e - a^0|^2 alone."""
     actor = make_actor(diffsac, action_dim=2, diffusion_steps=steps, hidden_dim=16, prior_std=1.3)
     randomise(actor)
     obs, q = torch.randn(9, 3), torch.randn(9)
     chain = diffsac.Chain(*(x.detach() for x in actor.chain(obs)))
-    seen = []
+    seen, outputs = [], torch.tensor([0.2, -0.1, 0.25, 0.35]).repeat(9, 1).requires_grad_()
 
     def critic(inputs):
         seen.append(inputs)
-        return torch.tensor([0.2, -0.1, 0.25, 0.35]).repeat(len(inputs), 1).requires_grad_()
+        return outputs
 
     qf = lambda obs, action: torch.stack((obs.sum(-1), obs[:, 0])) + action.sum(-1)
     loss = diffsac.latent_critic_loss(actor, qf, critic, chain, q, alpha=0.3)
@@ -261,6 +261,8 @@ def test_latent_critic_learns_what_the_chains_brought(steps):
         expected += ((0.2 - end[0]) ** 2 + (-0.1 - end[1]) ** 2) / 9
     torch.testing.assert_close(loss, expected)
     assert later_steps == set(range(1, max(steps, 2)))
+    loss.backward()
+    torch.testing.assert_close(outputs.grad[:, :2], 2 / 9 * (outputs[:, :2] - chain.latents[0]))
 
 
 def test_rows_outside_of_the_trust_region_are_pulled_back():
