@@ -18,7 +18,7 @@ set -e
 cd "$(dirname "$0")"
 suite=$1
 [ $# -gt 0 ] && shift
-run() { python tools/benchmark.py "$suite" "$@"; }
+run() { exec python tools/benchmark.py "$suite" "$@"; }  # exec: signals reach it
 
 case $suite in
 quick)

@@ -756,6 +756,8 @@ class Run:
 
     def reset(self):
         """First observations (num_envs, obs_dim); a resumed run begins new episodes."""
+        if self.args.resume and self.due(self.args.eval_frequency) and self.evaluated < self.step:
+            self.evaluate(*(self.parts[part] for part in POLICY))  # a signal had cut it short
         self.envs.action_space.seed(self.args.seed + self.step)
         obs, _ = self.envs.reset(seed=env_seeds(self.args.seed, self.args.num_envs, 1 + self.step))
         self.check({"an observation": obs})
@@ -805,9 +807,6 @@ class Run:
             self.line_step, self.line_time = self.step, time.time()
         self.bar.update(self.args.num_envs)
 
-    def speed(self):
-        return (self.step - self.first_step) / (time.time() - self.start_time)
-
     def say(self, line):
         try:
             self.bar.write(line)
@@ -820,7 +819,8 @@ class Run:
         for name, value in metrics.items():
             self.check({name: value})
             self.writer.add_scalar(name, value.mean().item(), self.step)
-        self.writer.add_scalar("charts/SPS", self.speed(), self.step)
+        speed = (self.step - self.first_step) / (time.time() - self.start_time)
+        self.writer.add_scalar("charts/SPS", speed, self.step)
 
     @torch.no_grad()
     def evaluate(self, actor, obs_rms):

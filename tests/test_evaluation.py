@@ -111,9 +111,11 @@ def test_an_evaluation_heeds_signals(signum, tmp_path):
         scalars(run_dirs(tmp_path)[0], "eval/episodic_return")
 
 
-@pytest.mark.parametrize("half", [1, 2])
-def test_an_evaluation_cut_short_leaves_no_trace_and_is_made_up_for(half, monkeypatch, tmp_path):
-    """The last one, by a signal while the first or the second policy acts; then --resume."""
+@pytest.mark.parametrize("half,frequency,due", [(1, 0, [60]), (2, 0, [60]), (2, 20, [20, 40, 60])])
+def test_an_evaluation_cut_short_leaves_no_trace_and_is_made_up_for(
+    half, frequency, due, monkeypatch, tmp_path
+):
+    """The first one, by a signal while the first or the second policy acts; then --resume."""
     reset, resets = sac.gym.vector.SyncVectorEnv.reset, []
 
     def signal_at(envs, **options):
@@ -124,7 +126,7 @@ def test_an_evaluation_cut_short_leaves_no_trace_and_is_made_up_for(half, monkey
         return reset(envs, **options)
 
     monkeypatch.setattr(sac.gym.vector.SyncVectorEnv, "reset", signal_at)
-    args = run_args(sac, total_timesteps=60, eval_frequency=0, eval_episodes=3)
+    args = run_args(sac, total_timesteps=60, eval_frequency=frequency, eval_episodes=3)
     with pytest.raises(SystemExit) as exit_:
         sac.main(args)
     (run_dir,) = run_dirs(tmp_path)
@@ -134,5 +136,5 @@ def test_an_evaluation_cut_short_leaves_no_trace_and_is_made_up_for(half, monkey
     args.resume = str(run_dir / "checkpoint.pt")
     sac.main(args)
     for name in ("episodic_return", "episodic_return_mean_action"):
-        assert [step for step, _ in scalars(run_dir, f"eval/{name}")] == [60]
+        assert [step for step, _ in scalars(run_dir, f"eval/{name}")] == due
     assert load(run_dir)["evaluated"] == 60 and (run_dir / "policy_best.pt").exists()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 
@@ -81,7 +82,12 @@ def test_exported_commit_is_the_one_of_the_runs_start(monkeypatch, tmp_path):
         git("commit", "-q", "--allow-empty", "-m", "x", at=at)
         commits.append(git("rev-parse", "HEAD"))
     assert run_script(monkeypatch, sac_continuous, *FLAGS) == 0
-    assert plot.read_events(next(tmp_path.glob("runs/*"))).facts["commit"] == commits[1]
+    folder = next(tmp_path.glob("runs/*"))
+    assert plot.read_events(folder).facts["commit"] == commits[1]
+    git("init", "-q", "later")
+    git("-C", "later", "commit", "-q", "--allow-empty", "-m", "x", at=clock + 100)
+    copy = shutil.copytree(folder, tmp_path / "later" / "run")
+    assert plot.read_events(copy).facts["commit"] == "unknown"  # the clone is younger than the run
 
 
 def make_run(curves, **facts):
@@ -106,12 +112,14 @@ def test_export_replaces_no_other_run(monkeypatch, tmp_path, capsys):
     for began, steps in (("then", "2"), ("then", "2"), ("later", "4")):
         run = make_run({RETURN: [(10, float(steps))]}, began=began, diffusion_steps=steps)
         monkeypatch.setattr(plot, "read_events", lambda _, run=run: run)
-        plot.export([tmp_path], to=tmp_path / "sweep", distinguish=("diffusion_steps",))
+        plot.export([tmp_path], to=tmp_path / "sweep", distinguish=("diffusion-steps",))
         if began == "then":
             plot.export([tmp_path], to=tmp_path / "results")
         else:
             error = refused(capsys, plot.export, [tmp_path], to=tmp_path / "results")
             assert "ppo__3.csv is of another run" in error
+    draw = lambda: plot.export([tmp_path], to=tmp_path / "sweep", distinguish=("nothing",))
+    assert "none of the runs has an argument nothing" in refused(capsys, draw)
     names = [path.name for path in sorted(tmp_path.glob("sweep/Some-v0/*.csv"))]
     assert names == ["ppo__diffusion_steps-2__3.csv", "ppo__diffusion_steps-4__3.csv"]
     path = tmp_path / "results/Some-v0/ppo__3.csv"
@@ -120,9 +128,9 @@ def test_export_replaces_no_other_run(monkeypatch, tmp_path, capsys):
     assert plot.read_csv(path).facts["diffusion_steps"] == "4"
 
 
-def a_run(tmp_path, name, seed, returns, first=600, **facts):
+def a_run(tmp_path, name, seed, returns, first=600, every=600, **facts):
     """A csv with evaluations after 600, 1200, ... steps."""
-    curve = [(first + 600 * i, value) for i, value in enumerate(returns)]
+    curve = [(first + every * i, value) for i, value in enumerate(returns)]
     facts = {key: str(value) for key, value in facts.items()}
     run = make_run({RETURN: curve}, exp_name=name, seed=str(seed), **facts)
     path = tmp_path / f"{name}__{seed}__{len(list(tmp_path.glob('*.csv')))}.csv"
@@ -179,9 +187,16 @@ def test_figure_over_hours_and_published_points(tmp_path, monkeypatch, capsys):
         curve["charts/SPS"] = [(300, pace), (600, pace), (1200, pace)]
         files.append(tmp_path / f"{seed}.csv")
         plot.write_csv(make_run(curve, seed=str(seed)), files[-1])
+    resumed = make_run(curve | {RETURN: [(600, 90.0), (1200, 90.0)]}, seed="3", resume="a file")
+    files.append(tmp_path / "resumed.csv")
+    plot.write_csv(resumed, files[-1])
     plot.figure(files, to=tmp_path, over="hours")
-    hours = drawn[-1].axes[0].lines[0].get_xdata()
-    np.testing.assert_allclose(hours, [(300 + 1200) / 2 / 3600, 1500 / 3600])
+    line = drawn[-1].axes[0].lines[0]
+    np.testing.assert_allclose(line.get_xdata(), [(300 + 1200) / 2 / 3600, 1500 / 3600])
+    assert list(line.get_ydata()) == [1, 2] and line.get_label() == "ppo (2 seeds)"
+    draw = lambda: plot.figure(files[-1:], to=tmp_path, over="hours")
+    assert "--over hours needs runs that were never resumed" in refused(capsys, draw)
+    files.pop()
     plot.figure(files, to=tmp_path, metric="charts/SPS", over="hours")
     hours = drawn[-1].axes[0].lines[0].get_xdata()
     np.testing.assert_allclose(hours[1:], [1500 / 2 / 3600, 1500 / 3600])
@@ -201,6 +216,31 @@ def test_a_seed_that_ends_early_is_named(tmp_path, capsys):
     out, error = capsys.readouterr()
     assert "| sac | 1, 2 | 600 |" in out
     assert "ends with the shortest: seed 1 at 1,800, seed 2 at 600" in error
+
+
+def test_steps_that_a_seed_lacks_are_told(tmp_path, capsys):
+    plot.table([a_run(tmp_path, "sac", s, [1.0, 9.0, 2.0], every=s) for s in (600, 1200)])
+    out, error = capsys.readouterr()
+    assert "| 1,800 | 5.5" in out and "keeps only the 2 steps that all seeds have" in error
+
+
+def test_finals_are_compared_at_one_step(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    sizes = ((1, [1.0, 2.0, 3.0]), (4, [5.0, 6.0]))
+    files = [a_run(tmp_path, "diffsac", 1, returns, diffusion_steps=k) for k, returns in sizes]
+    plot.figure(files, to=tmp_path, against="diffusion_steps")
+    assert list(drawn[-1].axes[0].lines[0].get_ydata()) == [2, 6]
+    assert "diffsac at step 1,200" in capsys.readouterr().err
+    draw = lambda: plot.figure(files, to=tmp_path, against="diffusion_steps", distinguish=("seed",))
+    assert "leave out --distinguish" in refused(capsys, draw)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"anneal_lr": "True"}, {"alpha_anneal": "10.0"}])
+def test_totals_matter_where_a_schedule_follows_them(schedule, tmp_path, capsys):
+    facts = [{"total_timesteps": total} | schedule for total in (1200, 2400)]
+    plot.table([a_run(tmp_path, "ppo", seed, [1.0], **fact) for seed, fact in enumerate(facts)])
+    assert ("mixes total_timesteps" in capsys.readouterr().err) is bool(schedule)
 
 
 def test_seeds_with_other_arguments_are_named(tmp_path, capsys):
@@ -241,6 +281,7 @@ def test_runs_that_do_not_belong_in_one_curve_are_refused(tmp_path, capsys):
     draw = lambda: plot.figure(other[:1], to=tmp_path, against="env_id")
     assert "no numeric argument env_id" in refused(capsys, draw)
     assert "there is no pair" in refused(capsys, plot.compare, other[:1])
+    assert "--distinguish" not in refused(capsys, plot.compare, other)
     assert not list(tmp_path.glob("*.png"))
 
 

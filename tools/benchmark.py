@@ -8,9 +8,8 @@
 The cells of the grid are all commands with all seeds; {a,b,c} in a command stands for one command
 with each, and --flags are added to all. Every cell has the folder runs/benchmark/SUITE/CELL: its
 log, its run folder, and status.json, together the ledger. A cell that is done is never run again.
-One that was cut off or failed goes on from its checkpoint, if it has one and was not refused (exit
-code 2), else it starts again. A lock on the folder, held by the training itself too, keeps two
-calls from running one cell.
+One that was cut off or failed goes on from its checkpoint, or starts again if it has none. A lock
+on the folder, held by the training itself too, keeps two calls from running one cell.
 
 Exit code 0: all cells are done. 1: some failed; the end of their logs is printed. 130 after Ctrl-C:
 the trainings then have written a checkpoint.
@@ -45,10 +44,10 @@ def fail(message):
 
 
 def cores():
-    """Cores that this process may use; numbers none where the system does not tell (macOS)."""
+    """Number of cores that this process may use, or of all where the system does not tell."""
     if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return [None] * (os.cpu_count() or 1)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Args:
     commands: tuple[str, ...]  # scripts with their flags, without the seed
     seeds: tuple[int, ...] = (1, 2, 3)  # every command runs with each of these
     flags: str = ""  # added to every command, such as --cuda-graph
-    workers: int = field(default_factory=lambda: len(cores()))  # trainings at a time, a core each
+    workers: int = field(default_factory=cores)  # trainings at a time, one thread each
     folder: Path = ROOT / "runs" / "benchmark"  # where the folders of the suites are
     slurm: bool = False  # submit what is not done as a job array
     slurm_args: str = ""  # options for sbatch, such as --time and --partition
@@ -112,7 +111,7 @@ class Cell:
             except BlockingIOError:
                 time.sleep(0.5)
 
-    def run(self, stop, core=None):
+    def run(self, stop):
         """Run or go on, unless done; once `stop`, a list of signals, is not empty, end."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock, open(self.folder / "log.txt", "a") as log:
@@ -122,7 +121,7 @@ class Cell:
             status, flags = self.status(), self.flags
             by_age = {"key": lambda path: path.stat().st_mtime, "default": None}
             checkpoint = max(self.folder.glob("runs/*/checkpoint.pt"), **by_age)
-            if checkpoint and status.get("code") != 2:  # 2: refused, the checkpoint perhaps
+            if checkpoint:
                 flags = ["--resume", str(checkpoint)]
             else:
                 shutil.rmtree(self.folder / "runs", ignore_errors=True)
@@ -139,30 +138,24 @@ class Cell:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 pass_fds=(lock.fileno(),),  # the lock lasts as long as the training
                 start_new_session=True,  # Ctrl-C reaches it through us, once
-                preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
             )
             while process.poll() is None and not stop:
                 time.sleep(0.1)
-            if stop:
-                process.terminate()  # it writes a checkpoint and leaves
+            if stop:  # it writes a checkpoint and leaves; Slurm may have sent it SIGTERM already,
+                process.send_signal(signal.SIGINT)  # and a second one would end it at once
             code = process.wait()
             state = "done" if code == 0 else "cut off" if stop else "failed"
             self.record(state, code, before + time.time() - start)
 
 
 def run_all(cells, workers, stop):
-    """Run the cells on `workers` threads, a core each, under a bar with the time that is left."""
-    free = [core for core, _ in zip(itertools.cycle(cores()), range(workers), strict=False)]
+    """Run the cells, `workers` at a time, under a bar with the time that is left."""
     waiting = [cell for cell in cells if not cell.done()]
     bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run", smoothing=0)
 
     def work(cell):
-        core = free.pop()
         bar.set_postfix_str(cell.folder.name[:40], refresh=True)
-        try:
-            cell.run(stop, core)
-        finally:
-            free.append(core)
+        cell.run(stop)
         bar.update(cell.done())
 
     with ThreadPoolExecutor(workers) as pool:
@@ -211,12 +204,15 @@ def main(args: Args):
     if args.slurm:
         return submit(cells, args)
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    for number in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup:
         signal.signal(number, lambda number, _: stop.append(number))
     cells = cells if args.only is None else [cells[args.only]]
     run_all(cells, args.workers, stop)
-    if stop and stop[0] == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
-        return subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    if stop and stop[0] == signal.SIGUSR1 and "SLURM_ARRAY_JOB_ID" in os.environ:
+        # not SLURM_JOB_ID: for one task of an array that is the number of the whole array
+        task = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
+        return subprocess.run(["scontrol", "requeue", task], check=True)
     counts = Counter(cell.status().get("state", "not begun") for cell in cells)
     for cell in cells:
         if cell.status().get("state") == "failed":

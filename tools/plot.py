@@ -56,6 +56,7 @@ COLOURS = {  # Okabe and Ito: colour-blind safe
 }
 MACHINE = """seed resume device torch_threads track compile cuda_graph total_timesteps
 eval_frequency checkpoint_frequency async_envs""".split()  # arguments that change no curve
+SPEED = "device torch_threads compile cuda_graph async_envs".split()  # that change the hours
 TWINS = [("sac", "diffsac"), ("ppo", "diffppo"), ("wpo", "diffwpo"), ("crossq", "dime")]
 Paths = Annotated[list[Path], tyro.conf.Positional]
 
@@ -90,7 +91,8 @@ def read_events(folder):
 
     def git(*words):
         words = ["git", "-C", str(folder), *words]
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(words, capture_output=True, text=True)
+        return "" if done.stderr else done.stdout.strip()  # it warns of a reflog that is too young
 
     command = " && ".join(table["command"] for table in tables)
     if top := git("rev-parse", "--show-toplevel"):
@@ -140,7 +142,9 @@ def export(
     Curves but evaluations and episodes keep one value in `every` steps. The arguments named by
     `distinguish` go into the file's name. A file of another run is left alone without `replace`.
     """
-    for _, run in read(runs):
+    read_runs = read(runs)
+    distinguish = arguments(distinguish, read_runs)
+    for _, run in read_runs:
         facts, curves = run.facts, run.curves
         values = [f"{key}-{facts.get(key)}" for key in distinguish]
         name = "__".join((facts["exp_name"], *values, facts["seed"]))
@@ -164,12 +168,29 @@ def hours(run, metric):
     return curve.assign(value=np.interp(curve.step, speed.step, speed.step / speed.value / 3600))
 
 
-def warn_of_differences(name, env_id, runs):
+def arguments(names, runs):
+    """Names of arguments as runs log them; exit code 2 if no run has one of them."""
+    names = [name.replace("-", "_") for name in names]
+    for name in names:
+        if not any(name in run.facts for _, run in runs):
+            fail(f"none of the runs has an argument {name}")
+    return names
+
+
+def follows_the_total(facts):
+    """Whether a run's learning rate or temperature falls until its total of steps."""
+    return facts.get("anneal_lr") == "True" or float(facts.get("alpha_anneal", 1)) > 1
+
+
+def warn_of_differences(name, env_id, runs, clock):
     """Seeds of one curve should have the same arguments (those before torch's version)."""
     facts = [run.facts for run in runs]
+    matter = SPEED if clock else set(facts[0]) - set(MACHINE)
+    if not clock and any(map(follows_the_total, facts)):
+        matter |= {"total_timesteps"}
     for key in itertools.takewhile(lambda key: key != "torch", facts[0]):
         values = {fact.get(key, facts[0][key]) for fact in facts}
-        if len(values) > 1 and key not in MACHINE:
+        if len(values) > 1 and key in matter:
             values = ", ".join(sorted(values))
             hint = f"--distinguish {key} draws them apart"
             print(f"warning: {name} on {env_id} mixes {key} {values}; {hint}", file=sys.stderr)
@@ -178,14 +199,11 @@ def warn_of_differences(name, env_id, runs):
 def curves_of(runs, metric, key=(), clock=False):
     """{environment: {(name, values of key): table with a row a step and a column a seed}}.
 
-    With `clock` the values are hours of training.
+    With `clock` the values are hours of training. A command without --distinguish has key None.
     """
-    found, key = defaultdict(lambda: defaultdict(dict)), [k.replace("-", "_") for k in key]
-    grouped = defaultdict(list)
+    found, grouped = defaultdict(lambda: defaultdict(dict)), defaultdict(list)
     read_runs = read(runs)
-    for k in key:
-        if not any(k in run.facts for _, run in read_runs):
-            fail(f"none of the runs has an argument {k}")
+    apart, key = key is not None, arguments(key or (), read_runs)
     for path, run in read_runs:
         curve = hours(run, metric) if clock else run.curves[run.curves.metric == metric]
         curve = curve.drop_duplicates("step", keep="last")
@@ -197,8 +215,9 @@ def curves_of(runs, metric, key=(), clock=False):
         group, env_id = (name, *(run.facts.get(k) for k in key)), run.facts["env_id"]
         columns = found[env_id][group]
         if run.facts["seed"] in columns:
-            hint = "leave one out, or tell them apart by --distinguish ARGUMENT (or began)"
-            fail(f"{path} is another run of {name} with seed {run.facts['seed']}: {hint}")
+            hint = ", or tell them apart by --distinguish ARGUMENT (or began)" * apart
+            words = f"{path} is another run of {name} with seed {run.facts['seed']}"
+            fail(f"{words}: leave one out{hint}")
         columns[run.facts["seed"]] = curve.set_index("step").value
         grouped[label(*group, key=key), env_id].append(run)
     tables = {
@@ -210,6 +229,10 @@ def curves_of(runs, metric, key=(), clock=False):
             if table.empty:
                 fail(f"the runs of {name[0]} on {env_id} have no steps of {metric} in common")
             ends = {seed: curve.index[-1] for seed, curve in found[env_id][name].items()}
+            within = [curve.loc[: table.index[-1]] for curve in found[env_id][name].values()]
+            if len(table) < max(map(len, within)):
+                common = f"only the {len(table):,} steps that all seeds have"
+                print(f"warning: {name[0]} on {env_id} keeps {common}", file=sys.stderr)
             if min(ends.values()) < max(ends.values()):
                 ends = ", ".join(f"seed {seed} at {end:,}" for seed, end in ends.items())
                 print(
@@ -217,8 +240,9 @@ def curves_of(runs, metric, key=(), clock=False):
                     file=sys.stderr,
                 )
     for (name, env_id), members in grouped.items():
-        if not clock:
-            warn_of_differences(name, env_id, members)
+        warn_of_differences(name, env_id, members, clock)
+    if clock and not tables:
+        fail("--over hours needs runs that were never resumed")
     kept = sorted({name for _, run in read_runs for name in run.curves.metric.unique()})
     return tables or fail(f"none of the runs has {metric}; there are {', '.join(kept)}")
 
@@ -273,13 +297,16 @@ def figure(
     """Draw TO/{environment}.png: curves over the seeds, each seed as a thin line too.
 
     The band is one standard deviation, with `--stat iqm` a bootstrap interval of 95 %. `--over
-    hours` of training instead of steps. `--against` an argument of the runs: the last value of each
-    run over it, on a scale of powers of two. Runs that differ in the arguments named by
-    `distinguish` are curves of their own. `--published` adds points of the same algorithms from a
-    csv with the columns env_id, name, step, value and label.
+    hours` of training instead of steps, without runs that were resumed. `--against` an argument of
+    the runs: the values at the last step that all of a script reach, on a scale of powers of two.
+    Runs that differ in the arguments named by `distinguish` are curves of their own. `--published`
+    adds points of the same algorithms from a csv with the columns env_id, name, step, value and
+    label.
     """
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     key = (against,) if against else distinguish
+    if against and distinguish:
+        fail("--against tells runs apart already: leave out --distinguish")
     if published and (against or over == "hours"):
         fail("--published needs environment steps on the axis")
     clock = curves_of(runs, metric, key, clock=True) if over == "hours" else {}
@@ -291,15 +318,21 @@ def figure(
         for name in sorted({name for name, *_ in groups} if against else groups):
             colour = COLOURS.get(name if against else label(*name, key=key)) or next(rest)
             if against:
-                finals = {float(x): t.iloc[-1] for (n, x), t in groups.items() if n == name}
+                tables = {float(x): t for (n, x), t in groups.items() if n == name}
+                ends = {table.index[-1] for table in tables.values()}
+                if len(ends) > 1:
+                    print(f"warning: {name} at step {min(ends):,} on {env_id}", file=sys.stderr)
+                finals = {x: table.loc[: min(ends)].iloc[-1] for x, table in tables.items()}
                 draw_finals(axis, name, colour, finals)
                 continue
-            x = groups[name].index
+            values = groups[name]
+            x = values.index
             if clock:
                 if name not in clock.get(env_id, {}):
                     continue
-                x = clock[env_id][name].mean(axis=1).reindex(x)
-            draw_curves(axis, label(*name, key=key), colour, groups[name], x, stat)
+                timed = clock[env_id][name]
+                values, x = values[timed.columns], timed.mean(axis=1).reindex(x)
+            draw_curves(axis, label(*name, key=key), colour, values, x, stat)
         if published:
             points = pd.read_csv(published, comment="#").query("env_id == @env_id")
             for (name, label_), point in points.groupby(["name", "label"]):
@@ -338,7 +371,7 @@ def compare(runs: Paths, metric: str = RETURN) -> None:
     with bootstrap intervals of 95 %; with three seeds and fewer these are too narrow.
     """
     rows = []
-    for env_id, groups in sorted(curves_of(runs, metric).items()):
+    for env_id, groups in sorted(curves_of(runs, metric, key=None).items()):
         for first, second in TWINS:
             for variant in sorted(name for (name,) in groups if name.split("_")[0] == second):
                 if (first,) not in groups:

@@ -24,7 +24,7 @@ def slurm(*words):
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-def submit(tmp_path, seeds):
+def submit(tmp_path, seeds, command=LONG):
     words = [
         sys.executable,
         ROOT / "tools" / "benchmark.py",
@@ -34,7 +34,7 @@ def submit(tmp_path, seeds):
         "--seeds",
         *map(str, seeds),
     ]
-    out = slurm(*words, "--slurm", "--slurm-args", "--time=01:00:00 --mem=0", "--commands", LONG)
+    out = slurm(*words, "--slurm", "--slurm-args", "--time=01:00:00 --mem=0", "--commands", command)
     return out.split()[-1] if "Submitted" in out else None
 
 
@@ -59,22 +59,27 @@ def checkpoint(tmp_path, seed):
     return found[0] if found else None
 
 
-def test_array_with_one_task_requeued_and_one_at_its_time_limit(tmp_path):
+@pytest.mark.parametrize("how", ["preempted", "at its time limit"])
+def test_a_task_of_an_array_goes_on_and_leaves_the_others_alone(how, tmp_path):
+    """The last task of an array has the number of the whole array."""
     job = submit(tmp_path, (1, 2))
     wait_for(lambda: checkpoint(tmp_path, 1) and checkpoint(tmp_path, 2))
-    slurm("scontrol", "requeue", f"{job}_0")  # as a preemption does
-    slurm("scancel", "--batch", "--signal=USR1", f"{job}_1")  # as Slurm does before the time limit
+    if how == "preempted":
+        slurm("scontrol", "requeue", f"{job}_1")
+    else:
+        slurm("scancel", "--batch", "--signal=USR1", f"{job}_1")
     wait_for(lambda: states(tmp_path) == ["done", "done"])
     for seed in (1, 2):
         assert torch.load(checkpoint(tmp_path, seed), weights_only=True)["global_step"] == 4000
-    for log in tmp_path.glob("suite/*/log.txt"):
-        assert log.read_text().count("$ ") == 2 and "--resume" in log.read_text()
+    logs = [path.read_text() for path in sorted(tmp_path.glob("suite/*/log.txt"))]
+    assert [log.count("$ ") for log in logs] == [1, 2] and "--resume" in logs[1]
     assert submit(tmp_path, (1, 2)) is None  # all cells are done
 
 
 def test_cancelled_task_writes_a_checkpoint_and_stays_away(tmp_path):
-    job = submit(tmp_path, (1,))
-    wait_for(lambda: checkpoint(tmp_path, 1))
+    job = submit(tmp_path, (1,), LONG.replace("--checkpoint-frequency 100", ""))
+    log = lambda: "".join(path.read_text() for path in tmp_path.glob("suite/*/log.txt"))
+    wait_for(lambda: "run folder" in log())  # before the first checkpoint that is due
     slurm("scancel", job)
     wait_for(lambda: states(tmp_path) == ["cut off"])
     time.sleep(3)
