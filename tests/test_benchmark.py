@@ -191,8 +191,6 @@ def test_ctrl_c_and_a_closed_terminal_leave_checkpoints(signum, tmp_path):
     (status,) = cells(tmp_path).values()
     assert status["state"] == "cut off" and status["code"] == 130
     assert 100 <= checkpoints(tmp_path)[0]["global_step"] < 1500
-    assert call(tmp_path, LONG)[1] == 0
-    assert [c["global_step"] for c in checkpoints(tmp_path)] == [1500]
 
 
 def test_a_signal_that_the_training_gets_too_leaves_a_checkpoint(tmp_path):
