@@ -44,7 +44,7 @@ humanoid)
         "{wpo_continuous.py,diffwpo_continuous.py} $task --total-timesteps 100000"
     ;;
 humanoid-on-policy)
-    # 50 core-minutes a seed; with the default learning rate of 3e-4 both stay at 700 for long: docs/diffppo.md
+    # about 1 core-hour a seed; the learning rate: docs/ppo.md
     task="--env-id Humanoid-v4 --total-timesteps 1000000 --eval-frequency 50000 --learning-rate 1e-4"
     run --seeds 1 2 3 4 "$@" --commands "{ppo_continuous.py,diffppo_continuous.py --diffusion-steps 8} $task"
     ;;

@@ -81,7 +81,7 @@ class Args:
     # algorithm
     async_envs: bool = False  # a process for each environment
     num_steps: int = 256  # steps of each environment in a rollout
-    learning_rate: float = 3e-4  # of actor and critic
+    learning_rate: float = 3e-4  # of actor and critic; on Humanoid-v4 1e-4
     anneal_lr: bool = True  # linearly to zero
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.9  # lambda of the advantages (2)

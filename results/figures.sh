@@ -11,7 +11,7 @@ plot compare $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/co
 mv results/compare.tmp results/compare.md
 plot figure $curves/HalfCheetah-v4/*sac*.csv --to docs/images/off_policy
 plot figure $curves/HalfCheetah-v4/*ppo*.csv --to docs/images/on_policy
-plot figure $curves/Humanoid-v4/*ppo*.csv --to docs/images/on_policy
+plot figure $curves/Humanoid-v4/*ppo*.csv --to docs/images/on_policy --published results/published.csv
 plot figure $curves/HalfCheetah-v4/*wpo*.csv --to docs/images/wasserstein
 plot figure $curves/HalfCheetah-v4/crossq*.csv $curves/HalfCheetah-v4/dime*.csv --to docs/images/crossq
 plot figure $curves/Humanoid-v4/*sac*.csv $curves/Humanoid-v4/crossq*.csv $curves/Humanoid-v4/dime*.csv --to docs/images/all --published results/published.csv
