@@ -52,7 +52,7 @@ diffusion-steps)
     # about 6 core-hours a seed (estimated)
     task="--env-id Humanoid-v4 --diffusion-steps {1,2,4,8,16}"
     run --seeds 1 2 3 "$@" --commands \
-        "diffppo_continuous.py $task --total-timesteps 500000 --eval-frequency 50000 --learning-rate 1e-4" \
+        "diffppo_continuous.py $task --total-timesteps 1000000 --eval-frequency 50000 --learning-rate 1e-4" \
         "diffsac_continuous.py $task --total-timesteps 100000"
     ;;
 mujoco)
