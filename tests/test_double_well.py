@@ -88,7 +88,6 @@ def test_gaussian_policy_cannot_fit_two_modes():
 @pytest.mark.parametrize(
     "script,actor_gradient,alpha,updates,limit",
     [
-        (diffsac_continuous, "chain", 0.05, 3500, 0.18),
         (diffsac_continuous, "chain", 0.2, 1500, 0.12),
         (diffsac_continuous, "step", 0.2, 2500, 0.12),
         (diffwpo_continuous, "chain", 0.2, 1500, 0.12),
