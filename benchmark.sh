@@ -36,7 +36,7 @@ quick)
         "diffppo_continuous.py $on --diffusion-steps 4"
     ;;
 humanoid)
-    # off-policy, about 5 core-hours a seed (estimated)
+    # off-policy, 6 to 9 core-hours a seed (estimated)
     task="--env-id Humanoid-v4"
     run --seeds 1 2 3 4 "$@" --commands \
         "{crossq_continuous.py,dime.py} $task --total-timesteps 100000" \
@@ -56,7 +56,7 @@ diffusion-steps)
         "diffsac_continuous.py $task --total-timesteps 100000"
     ;;
 mujoco)
-    # about 9 core-hours a seed (estimated)
+    # 14 to 18 core-hours a seed (estimated)
     tasks="--env-id {HalfCheetah-v4,Ant-v4,Walker2d-v4,Hopper-v4}"
     run --seeds 1 2 3 4 "$@" --commands \
         "{sac_continuous.py,wpo_continuous.py,crossq_continuous.py} $tasks --total-timesteps 100000" \

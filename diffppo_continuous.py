@@ -9,7 +9,7 @@ rollout (s, a, r, s') of pi_old, with r and alpha in units of the returns' stand
     actor        -E[ min(rho A', clip(rho, 1 - eps, 1 + eps) A') ],  rho = pi / pi_old of a|s   (4)
     critic       E[ (V(s) - V_old(s) - A)^2 ] / 2                                               (5)
 
-V_old is V during the rollout. A_(t+1) = 0 where an episode has ended; a time limit is no terminal
+V_old is V during the rollout. A_(t+1) = 0 where it or an episode ends; a time limit is no terminal
 state: V(s') still counts.
 
 The policy changes: K steps with controls c_k = c(s, a^k, k) lead from a^K ~ p = N(0, nu^2 I) to
@@ -19,7 +19,7 @@ a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions 
     free step    n(x|a^k)    = N( sqrt(1 - delta_k) a^k, nu^2 delta_k I ),  which keeps p       (7)
     log pi       log q - log n at each step, and at the end log p(a^0) - log |da / da^0|        (8)
     discounts    gamma = lambda = 1 inside a chain                                              (9)
-    actor        (4) - alpha E[ rho log n ] / the std of (3), rho constant, 0 where clipped    (10)
+    add to (4)   -alpha E[ rho log n ] / divisor of (3), rho constant and 0 where clipped      (10)
 
 delta_k and std_k are learned, each for each step and dimension; (10) is there because n depends on
 delta. (8) stands for log pi in (1) and (3); its sum is an upper bound (in the mean) of log pi(a|s).
@@ -209,7 +209,7 @@ class Actor(nn.Module):
 
 
 def gae(rewards, values, next_values, discounts, lambdas, dones):
-    """Advantages (2) of tensors (steps, num_envs), `lambdas` may be a number.
+    """Advantages (2) of tensors (steps, num_envs), `lambdas` and `dones` may be numbers.
 
     discounts: of next values, 0 in a terminal state. dones: 1 where an episode ended.
     """
@@ -243,11 +243,10 @@ def make_rows(actor, critic, obs_rms, return_scaler, rollout, alpha, args):
     following = torch.where(rollout.dones == 1, fresh, following)
     next_values = torch.cat((values[:, 1:], following[:, None]), dim=1)
     discounts, lambdas = torch.ones_like(values), torch.ones_like(values)  # DIFF: (9)
-    discounts[:, -1], lambdas[:, -1] = args.gamma * (1 - rollout.terminations), args.gae_lambda
-    dones = torch.zeros_like(values)
-    dones[:, -1] = rollout.dones
-    axis = rewards * scale, values, next_values, discounts, lambdas, dones
-    advantages = gae(*(x.flatten(0, 1) for x in axis)).view_as(values)
+    discounts[:, -1] = args.gamma * (1 - rollout.terminations)
+    lambdas[:, -1] = args.gae_lambda * (1 - rollout.dones)
+    axis = rewards * scale, values, next_values, discounts, lambdas
+    advantages = gae(*(x.flatten(0, 1) for x in axis), dones=0).view_as(values)
     explained = 1 - advantages.var() / ((values + advantages).var() + 1e-8)
     refreshed = advantages + alpha * scale * (log_q - log_n)
     rows = Rows(obs, k, latents, next_latents, log_q, refreshed, values + advantages)

@@ -14,8 +14,8 @@ delta_k of the variance by noise_k ~ N(0, I), to which a network adds a control 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
 log pi has no closed form: (6) takes its place in (1), (3) and (4). A free chain, with c = 0, keeps
-p, and can be run backwards, from a^0 to a^K. The mean of (6), given a, is log pi(a|s) + KL( a^1 ...
-a^K that led to a || those of a free chain run backwards from a ), an upper bound of log pi(a|s):
+p, and run backwards from a^0 leads to a^K. In the mean, given a, (6) is log pi(a|s) + KL( the steps
+that led to a || free steps back from a ), an upper bound of log pi(a|s):
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
@@ -27,11 +27,11 @@ K moves, each at a cost of alpha |c_k|^2 / 2, and V_j(s, a^j) as the value of wh
              (s, a^j, j) with outputs e, rest, cost:  min_i Q̄_i(s, tanh e) + rest - alpha cost
     fit      |e - a^0|^2 + (rest - min_i Q̄_i(s, tanh a^0) + min_i Q̄_i(s, tanh e))^2
              + alpha^2 (cost - cost_j)^2,  with e constant inside Q̄                            (7)
-    actor    E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],  one k a row, a^k held constant      (8)
+    actor    E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],  each row has one k, a^k constant    (8)
     or       0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights   (9)
 
-(8) takes Q for Q̄ and draws a^(k-1) anew. With exact V, K times its gradient is that of (3). D
-estimates KL( chain of c || chain of c̄ ). step uses the s' and chains of (1) for (4), (7) to (9).
+(8) takes Q for Q̄ at e and draws a^(k-1) anew. With exact V, K times its gradient is that of (3).
+D estimates KL( chain of c || of c̄ ) with equal deltas. step uses s' and chains of (1) from (4) on.
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -146,7 +146,7 @@ DELTA_MIN, DELTA_MAX = 1e-4, 0.999  # range of a learned delta
 
 
 class Chain(NamedTuple):
-    """Chains of rows of obs. Row k of latents is a^k, row k - 1 of controls and noises step k's."""
+    """Chains of rows of obs. latents[k] is a^k; controls[k - 1], noises[k - 1] are of step k."""
 
     obs: torch.Tensor  # (batch, obs_dim)
     latents: torch.Tensor  # (K + 1, batch, action_dim)
@@ -164,7 +164,7 @@ class Actor(nn.Module):
         delta = args.delta_first * fall[:, None].expand(-1, action_dim)  # row k - 1 for step k
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         self.delta_logit = nn.Parameter(logit) if args.learn_delta else nn.Buffer(logit)
-        # one layer on (s, k, a^k), cut into three: only the last is inside the loop over k
+        # one layer on (s, k, a^k), cut into three: the part of s stays outside the loop over k
         self.fc_obs = nn.Linear(obs_dim, args.hidden_dim)
         self.fc_step = nn.Embedding(self.steps, args.hidden_dim)
         self.fc_latent = nn.Linear(action_dim, args.hidden_dim, bias=False)
@@ -233,7 +233,7 @@ def actor_loss(actor, qf, obs, alpha):
 
 
 def latent_critic_network(obs_dim, action_dim, args):
-    """Network of (s, a^j, j / K) with the outputs e, rest and cost: `latent_critic` takes them."""
+    """Network of (s, a^j, j / K) its outputs are e, rest and cost, as `latent_critic` has them."""
     first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
     second = nn.Linear(args.hidden_dim, args.hidden_dim)
     last = nn.Linear(args.hidden_dim, action_dim + 2)
@@ -248,7 +248,7 @@ def latent_critic(vf, obs, latent, place):
 
 
 def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
-    """Squared errors of e and the parts of (7), weighted as in V. Row i has j = 1 + i % (K - 1)."""
+    """Mean of (7) over the batch. Row i has j = 1 + i % (K - 1)."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
     end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
@@ -261,7 +261,7 @@ def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
 
 
 def latent_value(actor, qf, vf, obs, latent, j, alpha):
-    """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), as (8) has it."""
+    """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), with Q for Q̄ at e."""
     end, rest, cost = latent_critic(vf, obs, latent, j / actor.steps)
     end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known: e = a^0, no rest, cost_0
     rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent))

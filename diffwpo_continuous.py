@@ -22,8 +22,8 @@ delta_k of the variance by noise_k ~ N(0, I), to which a network adds a control 
     a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
 
 log pi has no closed form: (6) takes its place in (1), (3) and (4). A free chain, with c = 0, keeps
-p, and can be run backwards, from a^0 to a^K. The mean of (6), given a, is log pi(a|s) + KL( a^1 ...
-a^K that led to a || those of a free chain run backwards from a ), an upper bound of log pi(a|s):
+p, and run backwards from a^0 leads to a^K. In the mean, given a, (6) is log pi(a|s) + KL( the steps
+that led to a || free steps back from a ), an upper bound of log pi(a|s):
 
     log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
 
@@ -158,7 +158,7 @@ DELTA_MIN, DELTA_MAX = 1e-4, 0.999  # range of a learned delta
 
 
 class Chain(NamedTuple):
-    """Chains of rows of obs. Row k of latents is a^k, row k - 1 of controls and noises step k's."""
+    """Chains of rows of obs. latents[k] is a^k; controls[k - 1], noises[k - 1] are of step k."""
 
     obs: torch.Tensor  # (batch, obs_dim)
     latents: torch.Tensor  # (K + 1, batch, action_dim)
@@ -187,7 +187,7 @@ class Actor(nn.Module):
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
         learned = args.learn_delta and args.precondition
         self.delta_logit = nn.Parameter(logit) if learned else nn.Buffer(logit)
-        # one layer on (s, k, a^k), cut into three: only the last is inside the loop over k
+        # one layer on (s, k, a^k), cut into three: the part of s stays outside the loop over k
         self.fc_obs = nn.Linear(obs_dim, args.hidden_dim)
         self.fc_step = nn.Embedding(self.steps, args.hidden_dim)
         self.fc_latent = nn.Linear(action_dim, args.hidden_dim, bias=False)
@@ -250,7 +250,7 @@ def critic_loss(qf, batch, next_value, gamma):
 
 
 def latent_critic_network(obs_dim, action_dim, args):
-    """Network of (s, a^j, j / K) with the outputs e, rest and cost: `latent_critic` takes them."""
+    """Network of (s, a^j, j / K) its outputs are e, rest and cost, as `latent_critic` has them."""
     first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
     second = nn.Linear(args.hidden_dim, args.hidden_dim)
     last = nn.Linear(args.hidden_dim, action_dim + 2)
@@ -265,7 +265,7 @@ def latent_critic(vf, obs, latent, place):
 
 
 def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
-    """Squared errors of e and the parts of (7), weighted as in V. Row i has j = 1 + i % (K - 1)."""
+    """Mean of (7) over the batch. Row i has j = 1 + i % (K - 1)."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
     end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
@@ -278,7 +278,7 @@ def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
 
 
 def latent_value(actor, qf, vf, obs, latent, j, alpha):
-    """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), as (8) has it."""
+    """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), with Q for Q̄ at e."""
     end, rest, cost = latent_critic(vf, obs, latent, j / actor.steps)
     end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known: e = a^0, no rest, cost_0
     rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent))

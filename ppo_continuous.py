@@ -9,7 +9,7 @@ rollout (s, a, r, s') of pi_old, with r and alpha in units of the returns' stand
     actor        -E[ min(rho A', clip(rho, 1 - eps, 1 + eps) A') ],  rho = pi / pi_old of a|s   (4)
     critic       E[ (V(s) - V_old(s) - A)^2 ] / 2                                               (5)
 
-V_old is V during the rollout. A_(t+1) = 0 where an episode has ended; a time limit is no terminal
+V_old is V during the rollout. A_(t+1) = 0 where it or an episode ends; a time limit is no terminal
 state: V(s') still counts.
 
     python ppo_continuous.py --env-id HalfCheetah-v4
@@ -148,7 +148,7 @@ class Actor(nn.Module):
 
 
 def gae(rewards, values, next_values, discounts, lambdas, dones):
-    """Advantages (2) of tensors (steps, num_envs), `lambdas` may be a number.
+    """Advantages (2) of tensors (steps, num_envs), `lambdas` and `dones` may be numbers.
 
     discounts: of next values, 0 in a terminal state. dones: 1 where an episode ended.
     """
