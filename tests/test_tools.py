@@ -173,7 +173,8 @@ def test_gain_over_the_twin(tmp_path, capsys):
     plot.compare(files)
     both, alone = capsys.readouterr().out.splitlines()[2:]
     assert alone == "| Some-v0 | sac → diffsac_chain | 1,200 | 3, 1 | +6 | 1.00 |"
-    assert both.startswith("| Some-v0 | sac → diffsac | 1,200 | 3, 2 | +0 [")
+    # Welch: variances 7/9 and 1 of the means, 2.43 degrees of freedom, t = 3.66
+    assert both.startswith("| Some-v0 | sac → diffsac | 1,200 | 3, 2 | +0 [-5, +5] | ")
     low, high = map(float, both.split("0.58 [")[1].rstrip("] |").split(", "))
     assert 0 <= low < 3.5 / 6 < high <= 1
 
