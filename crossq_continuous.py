@@ -2,7 +2,7 @@
 
 Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ] with SAC's policy. Instead of moving
 averages the critics have batch renormalisation. As in DIME each returns a distribution over atoms
-z_i (C51, arXiv 1707.06887); with --num-atoms 1 a number. For transitions (s, a, r, s') from the
+z_i (C51, arXiv 1707.06887); --num-atoms 1: a number, with SAC's losses. For (s, a, r, s') from the
 replay buffer, r divided by the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
     target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
@@ -111,7 +111,7 @@ class BatchRenorm(nn.Module):
     def forward(self, x, train):
         """Normalise x (2, batch, features) by the running mean and variance.
 
-        `train` does it by the batch's, corrects by constants r, d, and moves the running ones.
+        `train`: by the batch's, corrected by r and d without gradient; moves the running ones.
         """
         running_std = (self.var + self.eps).sqrt()
         if not train:

@@ -233,7 +233,7 @@ def actor_loss(actor, qf, obs, alpha):
 
 
 def latent_critic_network(obs_dim, action_dim, args):
-    """Network of (s, a^j, j / K) its outputs are e, rest and cost, as `latent_critic` has them."""
+    """Network of (s, a^j, j / K); its outputs are e, rest and cost, as in `latent_critic`."""
     first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
     second = nn.Linear(args.hidden_dim, args.hidden_dim)
     last = nn.Linear(args.hidden_dim, action_dim + 2)
@@ -320,7 +320,7 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            # step uses this chain in (4), (7) to (9); a terminal s' has no action: its row gets s
+            # step uses this chain from (4) on; a terminal s' has no action: its row gets s
             states = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
             chain = actor.chain(states)
             next_actions, next_log_prob = actor.outcome(chain)

@@ -8,9 +8,9 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-The actor's step changes. Let a_new = tanh(x), and g the density of x, a Gaussian with phi = (mean,
-std). Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it can. -d phi
-takes the place of the gradient of (3) by phi; grad_phi holds x and v constant:
+The actor's step changes. In WPO a_new = tanh(x), x Gaussian with density g and phi = (mean, std).
+Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it can. -d phi takes
+the place of the gradient of (3) by phi; grad_phi holds x and v constant:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
@@ -35,9 +35,9 @@ nu sqrt(delta_k). v_k takes the place of v, and V_j(s, a^j) is the value of what
              (s, a^j, j) with outputs e, rest, cost:  min_i Q̄_i(s, tanh e) + rest - alpha cost
     fit      |e - a^0|^2 + (rest - min_i Q̄_i(s, tanh a^0) + min_i Q̄_i(s, tanh e))^2
              + alpha^2 (cost - cost_j)^2,  with e constant inside Q̄                            (7)
-    v_k    = grad_x V_(k-1)(s, x) - alpha c_k / std_k,   with Q in place of Q̄                  (8)
+    v_k    = grad_x V_(k-1)(s, x) - alpha c_k / std_k,   with Q in place of Q̄ at e             (8)
     loss     0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights   (9)
-    else     a loss of gradient -(W2), minus alpha log n(x): x constant, n step k without c_k  (10)
+    else     -alpha log n(x), n: step k without c_k, x constant; plus a loss of gradient -(W2) (10)
 
 --actor-gradient step takes one step of a chain at s', and learns V from such chains; (4) uses them
 too. chain takes all steps of a chain at s; for grad V it differentiates the steps after x.
@@ -250,7 +250,7 @@ def critic_loss(qf, batch, next_value, gamma):
 
 
 def latent_critic_network(obs_dim, action_dim, args):
-    """Network of (s, a^j, j / K) its outputs are e, rest and cost, as `latent_critic` has them."""
+    """Network of (s, a^j, j / K); its outputs are e, rest and cost, as in `latent_critic`."""
     first = nn.Linear(obs_dim + action_dim + 1, args.hidden_dim)
     second = nn.Linear(args.hidden_dim, args.hidden_dim)
     last = nn.Linear(args.hidden_dim, action_dim + 2)
@@ -363,7 +363,7 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            # step uses this chain in (4), (7) to (9); a terminal s' has no action: its row gets s
+            # step uses this chain from (4) on; a terminal s' has no action: its row gets s
             states = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
             chain = actor.chain(states)
             next_actions, next_log_prob = actor.outcome(chain)

@@ -1,16 +1,16 @@
 """DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316).
 
 CrossQ with a diffusion policy, another target entropy and clipped actor gradients. K steps with
-controls f lead from a^K ~ N(0, nu^2 I) to a = tanh(a^0). Their sizes eta_k = eta b_k / kappa fall:
-b_k is a squared cosine of K - k; eta and kappa (per dimension) are learned. In N(mean, variance):
+controls f lead from a^K ~ N(0, nu^2 I) to a = tanh(a^0). Step sizes eta_k = eta b_k / kappa fall as
+b_k ~ cos^2(pi (K - k) / 2K); eta and kappa (per dimension) are learned. With N(mean, variance):
 
     denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )  (5)
     noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (6)
     log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|            (7)
 
 In (1), (3) and (4) below L takes the place of log pi, which is unknown: E[ L | a ] >= log pi(a|s).
-The gradient of (3) passes through all K steps. For transitions (s, a, r, s') from the replay
-buffer, r divided as in CrossQ, twins Z_j on atoms z_i, a' ~ pi(.|s') and a_new ~ pi(.|s):
+The gradient of (3) passes through all K steps. Z_j has atoms z_i. For (s, a, r, s') from the
+replay buffer, r divided by the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
     target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
                  r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms (1)
@@ -122,7 +122,7 @@ class BatchRenorm(nn.Module):
     def forward(self, x, train):
         """Normalise x (2, batch, features) by the running mean and variance.
 
-        `train` does it by the batch's, corrects by constants r, d, and moves the running ones.
+        `train`: by the batch's, corrected by r and d without gradient; moves the running ones.
         """
         running_std = (self.var + self.eps).sqrt()
         if not train:

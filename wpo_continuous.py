@@ -8,14 +8,14 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-The actor's step changes. Let a_new = tanh(x), and g the density of x, a Gaussian with phi = (mean,
-std). Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it can. -d phi
-takes the place of the gradient of (3) by phi; grad_phi holds x and v constant:
+The actor's step changes. In WPO a_new = tanh(x), x Gaussian with density g and phi = (mean, std).
+Each x moves downhill on (3), and phi follows the moved x as closely (in KL) as it can. -d phi takes
+the place of the gradient of (3) by phi; grad_phi holds x and v constant:
 
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
-    penalty      weighted KL( averaged || present policy ), of means and of stds alone          (W4)
+    penalty      weighted KL( average || policy ): once with the average's std, once its mean   (W4)
 
     python wpo_continuous.py --env-id HalfCheetah-v4
     python wpo_continuous.py --resume runs/RUN/checkpoint.pt
@@ -189,7 +189,7 @@ def actor_loss(actor, average_actor, qf, obs, alpha, args):
         follower = mean + std * noise  # DIFF: (W3)
     else:
         follower = (mean - x) / std.square()  # DIFF: (W2): this is grad log g
-    return penalty.mean() - (follower * velocity).sum(-1).mean(), log_prob, kl_mean, kl_std
+    return penalty.mean() - (follower * velocity).sum(-1).mean(), log_prob, (kl_mean, kl_std)
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
@@ -232,8 +232,7 @@ def main(args: Args):
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
 
-        networks = actor, average_actor, qf
-        pi_loss, log_prob, kl_mean, kl_std = actor_loss(*networks, batch.obs, alpha, args)
+        pi_loss, log_prob, kls = actor_loss(actor, average_actor, qf, batch.obs, alpha, args)
         descend(actor_optimizer, pi_loss)
 
         if args.autotune:
@@ -244,7 +243,7 @@ def main(args: Args):
         move_towards(average_actor, actor, args.tau)
         metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
         metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
-        metrics |= {"losses/kl_mean": kl_mean, "losses/kl_std": kl_std}
+        metrics |= {"losses/kl_mean": kls[0], "losses/kl_std": kls[1]}
         return {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, device, update, act=actor.sample)

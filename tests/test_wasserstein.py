@@ -183,7 +183,7 @@ def test_weights_of_the_penalties():
         args = wpo.Args(kl_weight_mean=mean_weight, kl_weight_std=std_weight)
         return wpo.actor_loss(actor, average, qf, obs, 0.1, args)
 
-    free, _, kl_mean, kl_std = loss(0.0, 0.0)
+    free, _, (kl_mean, kl_std) = loss(0.0, 0.0)
     assert kl_mean.min() > 0 and kl_std.min() > 0
     torch.testing.assert_close(loss(3.0, 0.0)[0] - free, 3 * kl_mean.mean())
     torch.testing.assert_close(loss(0.0, 5.0)[0] - free, 5 * kl_std.mean())
