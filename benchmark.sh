@@ -87,7 +87,7 @@ toy)
         "{ppo_continuous.py,diffppo_continuous.py} $gmm $on $anneal"
     ;;
 *)
-    sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,18s/^# \{0,1\}//p' benchmark.sh >&2
     exit 2
     ;;
 esac

@@ -475,7 +475,7 @@ def set_up(args):
         fail("--normalize-rewards needs --v-min < 0 < --v-max")
     if given.get("buffer_size", args.num_envs) < args.num_envs:
         fail("--buffer-size must not be smaller than --num-envs")
-    devices = ("cuda", "mps", "cpu") if args.device == "auto" else (args.device,)
+    devices = ("cuda", "cpu") if args.device == "auto" else (args.device,)
     devices = [name for name in devices if getattr(torch, name).is_available()]
     if not devices:
         fail(f"--device {args.device} is not available: PyTorch sees none")
@@ -503,10 +503,9 @@ def set_up(args):
 
 
 def instruction_sets():
-    """Those of the processor, in the words of Linux; elsewhere an empty string."""
+    """What Linux says of the processor, these among it; elsewhere an empty string."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return path.read_text() if path.exists() else ""
 
 
 def has_bf16(kind):
@@ -516,9 +515,10 @@ def has_bf16(kind):
 
 
 def tracking_works():
-    online = os.environ.get("WANDB_MODE", "online") == "online"
-    wandb = importlib.util.find_spec("wandb") and importlib.import_module("wandb")
-    return wandb and (not online or wandb.login(prompt=False))
+    with contextlib.suppress(Exception):  # no wandb, or a key that is none
+        import wandb
+
+        return os.environ.get("WANDB_MODE", "online") != "online" or wandb.login(prompt=False)
 
 
 class Interface(gym.Wrapper):
@@ -565,7 +565,9 @@ class Interface(gym.Wrapper):
 def make_envs(env_id, num_envs, processes=False):
     """Vector environment of `num_envs` copies of `env_id`, each behind an `Interface`."""
 
-    def make_env():
+    def make_env(own=os.getpid()):  # noqa: B008  (it shall be that of the caller)
+        if os.getpid() != own:  # a signal to our group, such as Ctrl-C, is for us alone
+            os.setpgrp()
         return gym.wrappers.RecordEpisodeStatistics(Interface(gym.make(env_id)))
 
     sys.path.append(os.getcwd())  # where module:id may lie
@@ -577,10 +579,7 @@ def make_envs(env_id, num_envs, processes=False):
         if env_id.startswith("dm_control/"):
             import shimmy  # noqa: F401  (registers the dm_control environments)
         vector = gym.vector.AsyncVectorEnv if processes else gym.vector.SyncVectorEnv
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for us, not for the processes
-        envs = vector([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        signal.signal(signal.SIGINT, interrupt)
-        return envs
+        return vector([make_env] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         fail(f"cannot train in {env_id}: {error}")
 
@@ -717,14 +716,16 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=bool(args.resume))
             self.lock = open(folder / "lock", "w")
-            with contextlib.suppress(ImportError):  # Windows
-                import fcntl
-
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-        except BlockingIOError:
-            fail(f"another process is training in {folder}")
         except OSError as error:
             fail(f"cannot make the folder {folder}: {error.strerror}")
+        try:
+            import fcntl
+
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except (BlockingIOError, PermissionError):
+            fail(f"another process is training in {folder}")
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
         return folder
 
     def on_signal(self, number, _):
@@ -884,9 +885,8 @@ class Run:
             fail(f"{self.args.resume} holds a policy alone: resume from a checkpoint.pt")
         self.step = checkpoint["global_step"]
         self.evaluated = checkpoint.get("evaluated", self.step)
-        with contextlib.suppress(Exception):  # there may be none yet
-            best = torch.load(self.folder / "policy_best.pt", weights_only=True)
-            self.best_return = best["best_return"]
+        if (best := self.folder / "policy_best.pt").exists():
+            self.best_return = load_checkpoint(best)["best_return"]
         torch.manual_seed(self.args.seed + self.step)
         try:
             for name, part in self.parts.items():

@@ -129,6 +129,14 @@ def test_failures_are_told_at_the_end_and_tried_again(tmp_path):
     assert code == 2 and "does not exist" in error
 
 
+def test_a_cell_that_cannot_start_leaves_the_others_alone(tmp_path):
+    blocked = benchmark.Cell(f"{QUICK} --seed 1", tmp_path / "suite").folder
+    (blocked / "log.txt").mkdir(parents=True)
+    error, code = call(tmp_path, QUICK, seeds=(1, 2))
+    assert code == 1 and f"error: {blocked}" in error and "Traceback" not in error
+    assert [status["state"] for status in cells(tmp_path).values()] == ["done"]
+
+
 def kill_tree(process):
     """SIGKILL to the runner and to its trainings, as at a power cut."""
     children = subprocess.run(

@@ -90,6 +90,10 @@ def test_best_and_last_policy_are_kept(script, monkeypatch, tmp_path, capsys):
     means, resume.total_timesteps = iter([8.0]), 120
     script.main(resume)
     assert torch.load(run_dir / "policy_best.pt", weights_only=True)["best_return"] == 9.0
+    (run_dir / "policy_best.pt").write_bytes(b"broken")  # is told, not replaced
+    with pytest.raises(SystemExit):
+        script.main(resume)
+    assert "policy_best.pt cannot be read" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         resume.resume = str(run_dir / "policy.pt")
         script.main(resume)

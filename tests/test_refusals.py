@@ -156,9 +156,7 @@ def test_bad_input_is_refused_in_one_sentence(script, flags, monkeypatch, tmp_pa
     (tmp_path / "garbage.pt").write_bytes(b"not a checkpoint")
     torch.save({"script": "another_script", "args": {}}, tmp_path / "other.pt")
     before = sorted(tmp_path.iterdir())
-    find_spec = importlib.util.find_spec
-    missing = lambda name, *rest: None if name == "wandb" else find_spec(name, *rest)
-    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert run_script(monkeypatch, script, *flags.split(), "--total-timesteps", 10) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and sorted(tmp_path.iterdir()) == before

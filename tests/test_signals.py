@@ -45,9 +45,10 @@ def test_signals_write_a_checkpoint(script, small, signum, tmp_path):
     assert load(run_dirs(tmp_path)[0])["global_step"] > 0
 
 
-@over(ON_POLICY)
-def test_ctrl_c_reaches_a_run_with_environments_in_processes(script, small, tmp_path):
-    """A terminal sends it to all processes; those of the environments leave it to the script."""
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@over(ON_POLICY[:1])
+def test_signals_to_a_group_spare_processes_of_environments(script, small, signum, tmp_path):
+    """A terminal and `timeout` send them to the whole group."""
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", 1_000_000, *small, "--async-envs"]
     flags += ["--checkpoint-frequency", 20]
     command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)]
@@ -56,7 +57,7 @@ def test_ctrl_c_reaches_a_run_with_environments_in_processes(script, small, tmp_
     while not list(tmp_path.glob("runs/*/checkpoint.pt")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signum)
     error = process.communicate(timeout=1200)[1]
-    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in error
+    assert process.returncode == 128 + signum and "Traceback" not in error
     assert load(run_dirs(tmp_path)[0])["global_step"] > 0

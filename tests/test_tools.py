@@ -118,6 +118,8 @@ def test_export_replaces_no_other_run(monkeypatch, tmp_path, capsys):
         else:
             error = refused(capsys, plot.export, [tmp_path], to=tmp_path / "results")
             assert "ppo__3.csv is of another run" in error
+    twice = lambda: plot.export([tmp_path, tmp_path], to=tmp_path / "twice", replace=True)
+    assert "two runs would be" in refused(capsys, twice)
     draw = lambda: plot.export([tmp_path], to=tmp_path / "sweep", distinguish=("nothing",))
     assert "none of the runs has an argument nothing" in refused(capsys, draw)
     names = [path.name for path in sorted(tmp_path.glob("sweep/Some-v0/*.csv"))]
@@ -156,13 +158,16 @@ def test_figures_of_both_kinds(tmp_path, monkeypatch):
     plot.figure(files, to=tmp_path, against="diffusion_steps")
     bars = drawn[-1].axes[0].containers[0]
     np.testing.assert_allclose(bars[0].get_xydata(), [[1, 3.5], [4, 9.5]])
+    negative = [a_run(tmp_path, name, 1, [1.0], target_entropy=x) for x in (-3.0, -6.0)]
+    plot.figure(negative, to=tmp_path, against="target_entropy")
+    assert [drawing.axes[0].get_xscale() for drawing in drawn] == ["log", "linear"]
     files = [a_run(tmp_path, "sac_continuous", seed, [1.0, 8.0 + seed]) for seed in (1, 2)]
     plot.figure(files, to=tmp_path)
     curve, *thin = drawn[-1].axes[0].lines
     assert curve.get_label() == "sac (2 seeds)" and len(thin) == 2
     np.testing.assert_allclose(curve.get_xydata(), [[600, 1], [1200, 9.5]])
     plot.figure(files, to=tmp_path, stat="iqm")
-    assert len(drawn) == 3
+    assert len(drawn) == 4
 
 
 def test_gain_over_the_twin(tmp_path, capsys):
@@ -191,7 +196,10 @@ def test_figure_over_hours_and_published_points(tmp_path, monkeypatch, capsys):
     resumed = make_run(curve | {RETURN: [(600, 90.0), (1200, 90.0)]}, seed="3", resume="a file")
     files.append(tmp_path / "resumed.csv")
     plot.write_csv(resumed, files[-1])
-    plot.figure(files, to=tmp_path, over="hours")
+    resumed.facts["env_id"] = "Other-v0"
+    plot.write_csv(resumed, tmp_path / "other.csv")
+    plot.figure([*files, tmp_path / "other.csv"], to=tmp_path, over="hours")
+    assert not (tmp_path / "Other-v0.png").exists() and len(drawn) == 1
     line = drawn[-1].axes[0].lines[0]
     np.testing.assert_allclose(line.get_xdata(), [(300 + 1200) / 2 / 3600, 1500 / 3600])
     assert list(line.get_ydata()) == [1, 2] and line.get_label() == "ppo (2 seeds)"
@@ -258,9 +266,10 @@ def test_seeds_with_other_arguments_are_named(tmp_path, capsys):
 def test_runs_of_one_seed_are_told_apart_by_an_argument(tmp_path, capsys):
     """And one without an evaluation is left out, the others are shown."""
     files = [a_run(tmp_path, "diffsac", 1, [1.0, 2.0 * k], diffusion_steps=k) for k in (1, 4)]
-    files.append(a_run(tmp_path, "sac", 1, []))
+    files += [a_run(tmp_path, "sac", 1, []), a_run(tmp_path, "diffsac", 1, [7.0])]
     plot.table(files, distinguish=("diffusion_steps",))
     out, error = capsys.readouterr()
+    assert "| diffsac diffusion_steps=None | 1 | 600 | 7.0 |" in out
     for k in (1, 4):
         assert f"| diffsac diffusion_steps={k} | 1 | 1,200 | {2.0 * k} |" in out
     assert f"has no {RETURN}: left out" in error and "| sac" not in out
@@ -344,6 +353,19 @@ def test_enjoy_acts_with_the_policy_of_the_checkpoint(monkeypatch, tmp_path, cap
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert "display" in refused(capsys, enjoy.main, enjoy.Args(path, render=True))
+
+
+def test_flags_of_a_contender_come_last(monkeypatch):
+    """So that they count; two contenders of one name would be one row."""
+
+    def call(command, *_):
+        raise RuntimeError(" ".join(command))
+
+    monkeypatch.setattr(speed, "call", call)
+    with pytest.raises(RuntimeError, match="--learning-starts 500 --learning-starts 9$"):
+        speed.measure("sac_continuous.py --learning-starts 9", "Pendulum-v1", 100, "cpu")
+    with pytest.raises(SystemExit, match="twice"):
+        speed.main(("a.py", "a.py"))
 
 
 def test_speed_goes_on_after_a_contender_that_fails(monkeypatch, tmp_path, capsys):

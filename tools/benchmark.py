@@ -110,6 +110,8 @@ class Cell:
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 time.sleep(0.5)
+            except OSError:  # a file system without locks
+                return None
 
     def run(self, stop):
         """Run or go on, unless done; once `stop`, a list of signals, is not empty, end."""
@@ -155,7 +157,10 @@ def run_all(cells, workers, stop):
 
     def work(cell):
         bar.set_postfix_str(cell.folder.name[:40], refresh=True)
-        cell.run(stop)
+        try:
+            cell.run(stop)
+        except OSError as error:  # such as a full disk; the other cells go on
+            bar.write(f"error: {cell.folder}: {error}", file=sys.stderr)
         bar.update(cell.done())
 
     with ThreadPoolExecutor(workers) as pool:
@@ -178,8 +183,14 @@ def submit(cells, args):
     # two minutes before the limit a task gets SIGUSR1, writes a checkpoint and queues itself again
     options = ["--requeue", "--open-mode=append", "--signal=B:USR1@120", "--ntasks=1"]
     options += ["--cpus-per-task=1", f"--job-name={args.suite}"]
-    options += [f"--output={folder}/slurm-%A_%a.txt", *shlex.split(args.slurm_args)]
-    subprocess.run(["sbatch", f"--array={','.join(numbers)}", *options, str(script)], check=True)
+    options += [f"--output={folder}/slurm-%A_%a.txt"]
+    try:
+        options += shlex.split(args.slurm_args)
+    except ValueError as error:
+        fail(f"cannot read --slurm-args: {error}")
+    sbatch = ["sbatch", f"--array={','.join(numbers)}", *options, str(script)]
+    if subprocess.run(sbatch).returncode:
+        fail("sbatch has refused the job")
 
 
 def main(args: Args):
@@ -221,7 +232,7 @@ def main(args: Args):
             print("\n" + "\n".join([words, *log]), file=sys.stderr)
     words = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     print(f"{args.suite}: {words}; folders in {args.folder / args.suite}", file=sys.stderr)
-    sys.exit(128 + stop[0] if stop else int(counts["failed"] > 0))
+    sys.exit(128 + stop[0] if stop else int(counts["done"] < len(cells)))
 
 
 if __name__ == "__main__":

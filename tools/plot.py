@@ -20,6 +20,7 @@ Keep runs as csv files, with arguments, versions, commit and command; all comman
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -90,6 +91,8 @@ def read_events(folder):
     began = datetime.fromtimestamp(starts[0].wall_time, UTC).isoformat(timespec="seconds")
 
     def git(*words):
+        if not shutil.which("git"):
+            return ""
         words = ["git", "-C", str(folder), *words]
         done = subprocess.run(words, capture_output=True, text=True)
         return "" if done.stderr else done.stdout.strip()  # it warns of a reflog that is too young
@@ -142,13 +145,16 @@ def export(
     Curves but evaluations and episodes keep one value in `every` steps. The arguments named by
     `distinguish` go into the file's name. A file of another run is left alone without `replace`.
     """
-    read_runs = read(runs)
+    read_runs, written = read(runs), set()
     distinguish = arguments(distinguish, read_runs)
     for _, run in read_runs:
         facts, curves = run.facts, run.curves
         values = [f"{key}-{facts.get(key)}" for key in distinguish]
         name = "__".join((facts["exp_name"], *values, facts["seed"]))
         path = to / file_name(facts["env_id"]) / f"{name}.csv"
+        if path in written:
+            fail(f"two runs would be {path}: name what they differ in by --distinguish")
+        written.add(path)
         if path.exists() and not replace:
             if read_csv(path).facts.get("began") != facts["began"]:
                 fail(f"{path} is of another run: choose another folder, or --replace it")
@@ -212,7 +218,7 @@ def curves_of(runs, metric, key=(), clock=False):
             what = f"speeds, or was resumed, or has no {metric}" if clock else metric
             print(f"warning: {path} has no {what}: left out", file=sys.stderr)
             continue
-        group, env_id = (name, *(run.facts.get(k) for k in key)), run.facts["env_id"]
+        group, env_id = (name, *(str(run.facts.get(k)) for k in key)), run.facts["env_id"]
         columns = found[env_id][group]
         if run.facts["seed"] in columns:
             hint = ", or tell them apart by --distinguish ARGUMENT (or began)" * apart
@@ -298,10 +304,10 @@ def figure(
 
     The band is one standard deviation, with `--stat iqm` a bootstrap interval of 95 %. `--over
     hours` of training instead of steps, without runs that were resumed. `--against` an argument of
-    the runs: the values at the last step that all of a script reach, on a scale of powers of two.
-    Runs that differ in the arguments named by `distinguish` are curves of their own. `--published`
-    adds points of the same algorithms from a csv with the columns env_id, name, step, value and
-    label.
+    the runs: the values at the last step that all of a script reach, on a scale of powers of two
+    (with negative arguments a linear one). Runs that differ in the arguments named by `distinguish`
+    are curves of their own. `--published` adds points of the same algorithms from a csv with the
+    columns env_id, name, step, value and label.
     """
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     key = (against,) if against else distinguish
@@ -309,8 +315,12 @@ def figure(
         fail("--against tells runs apart already: leave out --distinguish")
     if published and (against or over == "hours"):
         fail("--published needs environment steps on the axis")
+    if published and not published.is_file():
+        fail(f"there is no file {published}")
     clock = curves_of(runs, metric, key, clock=True) if over == "hours" else {}
     for env_id, groups in curves_of(runs, metric, key).items():
+        if over == "hours" and env_id not in clock:
+            continue
         if against and not all(re.fullmatch(r"[\d.e+-]+", str(value)) for _, value in groups):
             fail(f"the runs have no numeric argument {against}")
         drawing, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
@@ -328,7 +338,7 @@ def figure(
             values = groups[name]
             x = values.index
             if clock:
-                if name not in clock.get(env_id, {}):
+                if name not in clock[env_id]:
                     continue
                 timed = clock[env_id][name]
                 values, x = values[timed.columns], timed.mean(axis=1).reindex(x)
@@ -342,7 +352,8 @@ def figure(
         axis.set(title=env_id, ylabel=metric.split("/")[1].replace("_", " "))
         axis.set_xlabel("hours of training" if clock else "environment steps")
         if against:
-            axis.set_xscale("log", base=2)
+            if min(float(x) for _, x in groups) > 0:
+                axis.set_xscale("log", base=2)
             axis.set_xlabel(against.replace("_", " "))
         elif not clock:
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))

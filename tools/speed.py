@@ -68,7 +68,7 @@ def call(command, folder, core):
     options = {"cwd": folder, "env": environ, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, *command], preexec_fn=pin, **options)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:1])}: {done.stderr[-500:].strip()}")
+        raise RuntimeError(done.stderr[-500:].strip())
     return done.stdout
 
 
@@ -79,12 +79,12 @@ def measure(contender, env_id, steps, device, core=0):
             library = {"sb3": "stable_baselines3", "sbx": "sbx"}[contender[:3]]
             command = ["-c", LIBRARY, library, contender[4:], env_id, device, str(steps)]
             return float(call(command, folder, core).splitlines()[-1])
-        script, *flags = contender.split()
+        script, *own = contender.split()
         script = Path(script) if Path(script).exists() else ROOT / script
-        flags += ["--env-id", env_id, "--total-timesteps", str(steps), "--eval-episodes", "1"]
+        flags = ["--env-id", env_id, "--total-timesteps", str(steps), "--eval-episodes", "1"]
         flags += ["--eval-frequency", "0", "--checkpoint-frequency", "0", "--device", device]
         flags += [] if "ppo" in script.name else ["--learning-starts", "500"]
-        call([str(script.resolve()), *flags], folder, core)
+        call([str(script.resolve()), *flags, *own], folder, core)  # of two the last counts
         (run,) = Path(folder, "runs").iterdir()
         events = EventAccumulator(str(run), size_guidance={"scalars": 0})
         events.Reload()
@@ -105,6 +105,8 @@ def main(
     to: Path | None = None,
 ) -> None:
     """Measure all contenders in turns; `to` keeps the rounds as csv."""
+    if len(set(contenders)) < len(contenders):
+        sys.exit("error: a contender stands there twice")
     rows = []
     for i in range(1, rounds + 1):
         for contender in contenders:
@@ -113,7 +115,7 @@ def main(
                 with ThreadPoolExecutor(copies) as pool:
                     speed = sum(pool.map(one, range(copies)))
             except RuntimeError as error:  # the others are measured all the same
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {contender}: {error}", file=sys.stderr)
                 speed = math.nan
             rows.append((env_id, contender, i, speed))
             print(f"round {i}: {contender}: {speed:.1f} steps/s", file=sys.stderr)
