@@ -7,7 +7,12 @@ curves=results/curves
 
 plot table $curves/Pendulum-v1/*.csv $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/table.tmp
 mv results/table.tmp results/table.md
-plot compare $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv > results/compare.tmp
+{
+    printf "Final evaluation:\n\n"
+    plot compare $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv
+    printf "\nTraining episodes, mean of the last 50,000 steps:\n\n"
+    plot compare $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv --metric charts/episodic_return --window 50000
+} > results/compare.tmp
 mv results/compare.tmp results/compare.md
 plot figure $curves/HalfCheetah-v4/*sac*.csv --to docs/images/off_policy
 plot figure $curves/HalfCheetah-v4/*ppo*.csv --to docs/images/on_policy

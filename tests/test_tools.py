@@ -184,6 +184,21 @@ def test_gain_over_the_twin(tmp_path, capsys):
     assert 0 <= low < 3.5 / 6 < high <= 1
 
 
+def test_training_episodes_are_compared_by_their_means(tmp_path, capsys):
+    """Episodes end at other steps in every run; those after the last whole window do not count."""
+    files = []
+    returns = {("sac", 1): 1.0, ("sac", 2): 3.0, ("diffsac", 1): 7.0, ("diffsac", 2): 9.0}
+    for (name, seed), x in returns.items():
+        episodes = [(seed, 50.0), (100 + seed, x - 1), (200, x + 1), (201, 99.0)]
+        run = make_run({"charts/episodic_return": episodes}, exp_name=name, seed=str(seed))
+        files.append(tmp_path / f"{name}_{seed}.csv")
+        plot.write_csv(run, files[-1])
+    plot.compare(files, metric="charts/episodic_return", window=100)
+    assert "| sac → diffsac | 200 | 2, 2 | +6 [-0, +12] | 1.00" in capsys.readouterr().out
+    draw = lambda: plot.figure(files, to=tmp_path, over="hours", window=100)
+    assert "--window needs" in refused(capsys, draw)
+
+
 def test_figure_over_hours_and_published_points(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)

@@ -13,6 +13,10 @@ Print the last and the best evaluation as Markdown, and how likely each script b
     python tools/plot.py table runs/Pendulum-v1__*
     python tools/plot.py compare runs/Pendulum-v1__*
 
+The same of training episodes, means over the last 50,000 steps:
+
+    python tools/plot.py compare runs/Humanoid-v4__* --metric charts/episodic_return --window 50000
+
 Keep runs as csv files, with arguments, versions, commit and command; all commands read them too:
 
     python tools/plot.py export runs/Pendulum-v1__* --to my_results
@@ -202,16 +206,26 @@ def warn_of_differences(name, env_id, runs, clock):
             print(f"warning: {name} on {env_id} mixes {key} {values}; {hint}", file=sys.stderr)
 
 
-def curves_of(runs, metric, key=(), clock=False):
+def windows(run, metric, size):
+    """Means of a metric over each `size` steps, at their ends; without what is left at the end."""
+    curve = run.curves[run.curves.metric == metric]
+    ends = (-(-curve.step // size) * size).rename("step")
+    means = curve.value.groupby(ends).mean().reset_index()
+    return means[means.step <= run.curves.step.max()]
+
+
+def curves_of(runs, metric, key=(), clock=False, window=None):
     """{environment: {(name, values of key): table with a row a step and a column a seed}}.
 
-    With `clock` the values are hours of training. A command without --distinguish has key None.
+    With `clock` the values are hours of training, with `window` means over so many steps. A command
+    without --distinguish has key None.
     """
     found, grouped = defaultdict(lambda: defaultdict(dict)), defaultdict(list)
     read_runs = read(runs)
     apart, key = key is not None, arguments(key or (), read_runs)
     for path, run in read_runs:
         curve = hours(run, metric) if clock else run.curves[run.curves.metric == metric]
+        curve = windows(run, metric, window) if window else curve
         curve = curve.drop_duplicates("step", keep="last")
         name = run.facts["exp_name"].removesuffix("_continuous")
         if curve.empty:
@@ -299,6 +313,7 @@ def figure(
     against: str | None = None,
     distinguish: tuple[str, ...] = (),
     published: Path | None = None,
+    window: int | None = None,
 ) -> None:
     """Draw TO/{environment}.png: curves over the seeds, each seed as a thin line too.
 
@@ -307,7 +322,8 @@ def figure(
     the runs: the values at the last step that all of a script reach, on a scale of powers of two
     (with negative arguments a linear one). Runs that differ in the arguments named by `distinguish`
     are curves of their own. `--published` adds points of the same algorithms from a csv with the
-    columns env_id, name, step, value and label.
+    columns env_id, name, step, value and label. `--window` draws means over so many steps: of
+    episodes (`--metric charts/episodic_return`) seeds have no steps in common.
     """
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     key = (against,) if against else distinguish
@@ -315,10 +331,12 @@ def figure(
         fail("--against tells runs apart already: leave out --distinguish")
     if published and (against or over == "hours"):
         fail("--published needs environment steps on the axis")
+    if window and over == "hours":
+        fail("--window needs environment steps on the axis")
     if published and not published.is_file():
         fail(f"there is no file {published}")
     clock = curves_of(runs, metric, key, clock=True) if over == "hours" else {}
-    for env_id, groups in curves_of(runs, metric, key).items():
+    for env_id, groups in curves_of(runs, metric, key, window=window).items():
         if over == "hours" and env_id not in clock:
             continue
         if against and not all(re.fullmatch(r"[\d.e+-]+", str(value)) for _, value in groups):
@@ -370,15 +388,16 @@ def improvement(y, x, axis=-1):
     return (np.sign(y[..., :, None] - x[..., None, :]) / 2 + 0.5).mean((-2, -1))
 
 
-def compare(runs: Paths, metric: str = RETURN) -> None:
+def compare(runs: Paths, metric: str = RETURN, window: int | None = None) -> None:
     """Print what each diffusion script gains over its Gaussian twin at their last common step.
 
     Difference of the means, with the 95 % interval of Welch's t-test, and probability of
     improvement (Agarwal et al. 2021, arXiv 2108.13264), with a bootstrap interval of 95 %. With few
-    seeds the second is too narrow.
+    seeds the second is too narrow. `--window` takes means over so many steps, as in `figure`.
     """
     rows = []
-    for env_id, groups in sorted(curves_of(runs, metric, key=None).items()):
+    tables = curves_of(runs, metric, key=None, window=window)
+    for env_id, groups in sorted(tables.items()):
         for first, second in TWINS:
             for variant in sorted(name for (name,) in groups if name.split("_")[0] == second):
                 if (first,) not in groups:
