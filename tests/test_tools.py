@@ -149,7 +149,7 @@ def test_interquartile_mean_and_its_interval():
     assert mean[0] == 25.75 and high[0] - mean[0] == pytest.approx(std) == mean[0] - low[0]
 
 
-def test_figures_of_both_kinds(tmp_path, monkeypatch):
+def test_figures_of_both_kinds(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plot.plt, "close", drawn.append)
     name = "diffsac_continuous"
@@ -158,6 +158,8 @@ def test_figures_of_both_kinds(tmp_path, monkeypatch):
     plot.figure(files, to=tmp_path, against="diffusion_steps")
     bars = drawn[-1].axes[0].containers[0]
     np.testing.assert_allclose(bars[0].get_xydata(), [[1, 3.5], [4, 9.5]])
+    # residuals of 0.5, two degrees of freedom: a standard error of 0.35, t = 4.30
+    assert "diffsac: +3 [+1, +5] when diffusion_steps doubles (4 runs)" in capsys.readouterr().out
     negative = [a_run(tmp_path, name, 1, [1.0], target_entropy=x) for x in (-3.0, -6.0)]
     plot.figure(negative, to=tmp_path, against="target_entropy")
     assert [drawing.axes[0].get_xscale() for drawing in drawn] == ["log", "linear"]

@@ -42,7 +42,7 @@ try:
     import matplotlib.pyplot as plt
     import pandas as pd
     from matplotlib.ticker import EngFormatter
-    from scipy.stats import bootstrap, trim_mean, ttest_ind
+    from scipy.stats import bootstrap, linregress, t, trim_mean, ttest_ind
 except ImportError as error:
     print(f"error: {error}; pip install -r requirements-dev.txt", file=sys.stderr)
     sys.exit(2)
@@ -304,6 +304,16 @@ def draw_finals(axis, name, colour, finals):
         axis.plot([value] * len(finals[value]), finals[value], ".", color=colour, alpha=0.5)
 
 
+def print_slope(name, argument, finals):
+    """Print how the last values change when the argument doubles: least squares, 95 % interval."""
+    x, y = np.array([(np.log2(x), y) for x, values in finals.items() for y in values]).T
+    if len(finals) > 1 and len(x) > 2:
+        fit = linregress(x, y)
+        half = t.ppf(0.975, len(x) - 2) * fit.stderr
+        interval = f"[{fit.slope - half:+,.0f}, {fit.slope + half:+,.0f}]"
+        print(f"{name}: {fit.slope:+,.0f} {interval} when {argument} doubles ({len(x)} runs)")
+
+
 def figure(
     runs: Paths,
     to: Path = Path("figures"),
@@ -320,10 +330,11 @@ def figure(
     The band is one standard deviation, with `--stat iqm` a bootstrap interval of 95 %. `--over
     hours` of training instead of steps, without runs that were resumed. `--against` an argument of
     the runs: the values at the last step that all of a script reach, on a scale of powers of two
-    (with negative arguments a linear one). Runs that differ in the arguments named by `distinguish`
-    are curves of their own. `--published` adds points of the same algorithms from a csv with the
-    columns env_id, name, step, value and label. `--window` draws means over so many steps: of
-    episodes (`--metric charts/episodic_return`) seeds have no steps in common.
+    (with negative arguments a linear one); prints what doubling it changes. Runs that differ in the
+    arguments named by `distinguish` are curves of their own. `--published` adds points of the same
+    algorithms from a csv with the columns env_id, name, step, value and label. `--window` draws
+    means over so many steps: of episodes (`--metric charts/episodic_return`) seeds have no steps in
+    common.
     """
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     key = (against,) if against else distinguish
@@ -346,12 +357,14 @@ def figure(
         for name in sorted({name for name, *_ in groups} if against else groups):
             colour = COLOURS.get(name if against else label(*name, key=key)) or next(rest)
             if against:
-                tables = {float(x): t for (n, x), t in groups.items() if n == name}
+                tables = {float(x): table for (n, x), table in groups.items() if n == name}
                 ends = {table.index[-1] for table in tables.values()}
                 if len(ends) > 1:
                     print(f"warning: {name} at step {min(ends):,} on {env_id}", file=sys.stderr)
                 finals = {x: table.loc[: min(ends)].iloc[-1] for x, table in tables.items()}
                 draw_finals(axis, name, colour, finals)
+                if min(finals) > 0:
+                    print_slope(name, against, finals)
                 continue
             values = groups[name]
             x = values.index
