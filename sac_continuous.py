@@ -401,7 +401,7 @@ def make_envs(env_id, num_envs, processes=False):
 
     def make_env(own=os.getpid()):  # noqa: B008  (it shall be that of the caller)
         if os.getpid() != own:  # a signal to our group, such as Ctrl-C, is for us alone
-            os.setpgrp()
+            getattr(os, "setpgrp", int)()  # not on Windows
         return gym.wrappers.RecordEpisodeStatistics(Interface(gym.make(env_id)))
 
     sys.path.append(os.getcwd())  # where module:id may lie

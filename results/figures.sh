@@ -10,7 +10,7 @@ mv results/table.tmp results/table.md
 {
     printf "Final evaluation:\n\n"
     plot compare $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv
-    printf "\nTraining episodes, mean of the last 50,000 steps:\n\n"
+    printf "\nTraining episodes, mean of the last whole 50,000 steps:\n\n"
     plot compare $curves/HalfCheetah-v4/*.csv $curves/Humanoid-v4/*.csv --metric charts/episodic_return --window 50000
 } > results/compare.tmp
 mv results/compare.tmp results/compare.md

@@ -11,8 +11,8 @@ log, its run folder, and status.json, together the ledger. A cell that is done i
 One that was cut off or failed goes on from its checkpoint, or starts again if it has none. A lock
 on the folder, held by the training itself too, keeps two calls from running one cell.
 
-Exit code 0: all cells are done. 1: some failed; the end of their logs is printed. 130 after Ctrl-C:
-the trainings then have written a checkpoint.
+Exit code 0: all cells are done. 1: some are not; the ends of the logs of those that failed
+are printed. 130 after Ctrl-C: the trainings then have written a checkpoint.
 """
 
 import fcntl
@@ -110,8 +110,9 @@ class Cell:
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 time.sleep(0.5)
-            except OSError:  # a file system without locks
-                return None
+            except OSError:
+                words = "cannot be locked here: call this grid once at a time"
+                return print(f"warning: {self.folder} {words}", file=sys.stderr)
 
     def run(self, stop):
         """Run or go on, unless done; once `stop`, a list of signals, is not empty, end."""

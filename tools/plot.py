@@ -310,8 +310,10 @@ def print_slope(name, argument, finals):
     if len(finals) > 1 and len(x) > 2:
         fit = linregress(x, y)
         half = t.ppf(0.975, len(x) - 2) * fit.stderr
-        interval = f"[{fit.slope - half:+,.0f}, {fit.slope + half:+,.0f}]"
-        print(f"{name}: {fit.slope:+,.0f} {interval} when {argument} doubles ({len(x)} runs)")
+        form = "+,.0f" if abs(y).max() >= 1 else "+.2g"
+        low, high = (f"{fit.slope + sign * half:{form}}" for sign in (-1, 1))
+        runs = f"when {argument} doubles ({len(x)} runs)"
+        print(f"{name}: {fit.slope:{form}} [{low}, {high}] {runs}")
 
 
 def figure(
@@ -330,7 +332,7 @@ def figure(
     The band is one standard deviation, with `--stat iqm` a bootstrap interval of 95 %. `--over
     hours` of training instead of steps, without runs that were resumed. `--against` an argument of
     the runs: the values at the last step that all of a script reach, on a scale of powers of two
-    (with negative arguments a linear one); prints what doubling it changes. Runs that differ in the
+    (a linear one if any is zero or less); prints what doubling it changes. Runs that differ in the
     arguments named by `distinguish` are curves of their own. `--published` adds points of the same
     algorithms from a csv with the columns env_id, name, step, value and label. `--window` draws
     means over so many steps: of episodes (`--metric charts/episodic_return`) seeds have no steps in
@@ -342,6 +344,8 @@ def figure(
         fail("--against tells runs apart already: leave out --distinguish")
     if published and (against or over == "hours"):
         fail("--published needs environment steps on the axis")
+    if window is not None and window < 1:
+        fail("--window must be at least 1")
     if window and over == "hours":
         fail("--window needs environment steps on the axis")
     if published and not published.is_file():
@@ -364,7 +368,7 @@ def figure(
                 finals = {x: table.loc[: min(ends)].iloc[-1] for x, table in tables.items()}
                 draw_finals(axis, name, colour, finals)
                 if min(finals) > 0:
-                    print_slope(name, against, finals)
+                    print_slope(f"{name} on {env_id}", against, finals)
                 continue
             values = groups[name]
             x = values.index
@@ -409,6 +413,8 @@ def compare(runs: Paths, metric: str = RETURN, window: int | None = None) -> Non
     seeds the second is too narrow. `--window` takes means over so many steps, as in `figure`.
     """
     rows = []
+    if window is not None and window < 1:
+        fail("--window must be at least 1")
     tables = curves_of(runs, metric, key=None, window=window)
     for env_id, groups in sorted(tables.items()):
         for first, second in TWINS:

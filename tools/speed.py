@@ -106,7 +106,8 @@ def main(
 ) -> None:
     """Measure all contenders in turns; `to` keeps the rounds as csv."""
     if len(set(contenders)) < len(contenders):
-        sys.exit("error: a contender stands there twice")
+        print("error: a contender stands there twice", file=sys.stderr)
+        sys.exit(2)
     rows = []
     for i in range(1, rounds + 1):
         for contender in contenders:
