@@ -17,6 +17,7 @@ mv results/compare.tmp results/compare.md
 plot figure $curves/HalfCheetah-v4/*sac*.csv --to docs/images/off_policy
 plot figure $curves/HalfCheetah-v4/*ppo*.csv --to docs/images/on_policy
 plot figure $curves/Humanoid-v4/*ppo*.csv --to docs/images/on_policy --published results/published.csv
+plot figure $curves/Humanoid-v4/diffppo*.csv results/ablations/diffusion_steps_humanoid/diffppo*.csv --to docs/images/diffusion_steps --against diffusion_steps
 plot figure $curves/HalfCheetah-v4/*wpo*.csv --to docs/images/wasserstein
 plot figure $curves/HalfCheetah-v4/crossq*.csv $curves/HalfCheetah-v4/dime*.csv --to docs/images/crossq
 plot figure $curves/Humanoid-v4/*sac*.csv $curves/Humanoid-v4/crossq*.csv $curves/Humanoid-v4/dime*.csv --to docs/images/all --published results/published.csv
