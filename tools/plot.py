@@ -389,6 +389,7 @@ def figure(
         if against:
             if min(float(x) for _, x in groups) > 0:
                 axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_formatter("{x:g}")
             axis.set_xlabel(against.replace("_", " "))
         elif not clock:
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
