@@ -1,9 +1,9 @@
 """CrossQ: SAC without target networks (Bhatt et al., ICLR 2024, arXiv 1902.05605).
 
-Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ] with SAC's policy. Instead of moving
-averages the critics have batch renormalisation. As in DIME each returns a distribution over atoms
-z_i (C51, arXiv 1707.06887); --num-atoms 1: a number, with SAC's losses. For (s, a, r, s') from the
-replay buffer, r divided by the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
+Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. Instead of moving averages the critics have
+batch renormalisation. Each returns a distribution over atoms z_i (C51, arXiv 1707.06887), or with
+--num-atoms 1 a number, with SAC's losses. For (s, a, r, s') from the replay buffer, r divided by
+the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
     target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
                  r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms (1)
@@ -71,8 +71,8 @@ class Args:
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 2.0  # gradient steps per environment step
     policy_delay: int = 3  # critics' gradient steps for one of the actor
-    critic_dim: int = 256  # width of the critics' two hidden layers
-    hidden_dim: int = 256  # width of the actor's hidden layers
+    hidden_dim: int = 256  # width of the hidden layers
+    critic_dim: int = 256  # width of the critics' hidden layers
     num_atoms: int = 101  # atoms of the critics' distributions; 1: scalar
     v_min: float = -5.0  # first atom
     v_max: float = 5.0  # last atom
@@ -98,7 +98,7 @@ def lecun_normal(weight, fan_in):
 class BatchRenorm(nn.Module):
     """Batch renormalisation (arXiv 1702.03275); r = 1, d = 0 in the first `warmup` batches."""
 
-    def __init__(self, features, momentum=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+    def __init__(self, features, momentum=0.01, eps=1e-3, warmup=100_000):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2, 1, features))  # twins: all have a leading axis
         self.bias = nn.Parameter(torch.zeros(2, 1, features))
@@ -106,14 +106,10 @@ class BatchRenorm(nn.Module):
         self.register_buffer("var", torch.ones(2, 1, features))
         self.register_buffer("batches", torch.tensor(0))
         self.momentum, self.eps, self.warmup = momentum, eps, warmup
-        self.r_max, self.d_max = r_max, d_max
 
     def forward(self, x, train):
-        """Normalise x (2, batch, features) by the running mean and variance.
-
-        `train`: by the batch's, corrected by r and d without gradient; moves the running ones.
-        """
-        running_std = (self.var + self.eps).sqrt()
+        """Normalise x (2, batch, features) by running statistics, or (`train`) by its own."""
+        x, running_std = x.to(self.mean.dtype), (self.var + self.eps).sqrt()
         if not train:
             return torch.addcmul(self.bias, x - self.mean, self.weight / running_std)
         mean = x.mean(1, keepdim=True)
@@ -122,8 +118,8 @@ class BatchRenorm(nn.Module):
         std = (var + self.eps).sqrt()
         with torch.no_grad():
             warm = self.batches >= self.warmup
-            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
-            d = ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max)
+            r = (std / running_std).clamp(1 / 3, 3)
+            d = ((mean - self.mean) / running_std).clamp(-5, 5)
             r, d = torch.where(warm, r, 1.0), torch.where(warm, d, 0.0)
             self.mean.lerp_(mean, self.momentum)
             self.var.lerp_(var, self.momentum)
@@ -146,12 +142,12 @@ class SoftQNetwork(nn.Module):
 
     def forward(self, obs, actions, train=False):
         """Logits (2, batch, num_atoms); `train` normalises by the batch, and records it."""
+        (weight1, weight2, weight3), (bias1, bias2, bias3) = self.weights, self.biases
+        norm1, norm2, norm3 = self.norms
         x = torch.cat((obs, actions), dim=-1).expand(2, -1, -1)
-        layers = zip(self.norms, self.weights, self.biases, strict=True)
-        for i, (norm, weight, bias) in enumerate(layers):
-            x = F.relu(x) if i > 0 else x
-            x = torch.baddbmm(bias, norm(x, train), weight).to(obs.dtype)
-        return x
+        x = F.relu(torch.baddbmm(bias1, norm1(x, train), weight1))
+        x = F.relu(torch.baddbmm(bias2, norm2(x, train), weight2))
+        return torch.baddbmm(bias3, norm3(x, train), weight3).to(obs.dtype)
 
     def expected(self, logits):
         """Expected values (2, batch) of logits; a scalar critic's only output is its value."""
@@ -201,7 +197,7 @@ class Actor(nn.Module):
 
     def mean_action(self, obs):
         """Action (batch, action_dim) without noise."""
-        return squash(self(obs)[0])[0]
+        return torch.tanh(self(obs)[0])
 
 
 def project(probs, values, atoms):
@@ -214,23 +210,21 @@ def project(probs, values, atoms):
     return projected.scatter_add_(1, lower.long() + 1, probs * share)
 
 
-def critic_loss(qf, batch, next_actions, next_cost, args):
-    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) that projecting clips.
-
-    next_cost (batch,) is alpha times the log-probability of next_actions.
-    """
+def critic_loss(qf, batch, next_actions, next_log_prob, alpha, args):
+    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) that projecting clips."""
     # in one pass: the statistics have to be those of replayed and of fresh actions
     obs, actions = torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions))
     logits, next_logits = qf(obs, actions, train=True).chunk(2, dim=1)
     q, discounts = qf.expected(logits), args.gamma * (1 - batch.terminations)
     if args.num_atoms == 1:  # CrossQ's own critics: SAC's target and loss
         next_q = qf.expected(next_logits).detach().amin(0)
-        target = batch.rewards + discounts * (next_q - next_cost)
+        target = batch.rewards + discounts * (next_q - alpha * next_log_prob)
         return (q - target).square().mean(1).sum(), q, torch.zeros_like(target)
 
     with torch.no_grad():
         next_probs = next_logits.softmax(-1).mean(0)
-        values = batch.rewards[:, None] + discounts[:, None] * (qf.atoms - next_cost[:, None])
+        next_values = qf.atoms - alpha * next_log_prob[:, None]
+        values = batch.rewards[:, None] + discounts[:, None] * next_values
         target_probs = project(next_probs, values, qf.atoms)  # DIFF: (1)
         outside = (values < qf.atoms[0]) | (values > qf.atoms[-1])
         clipped = (next_probs * outside).sum(-1)
@@ -242,7 +236,8 @@ def critic_loss(qf, batch, next_actions, next_cost, args):
 def actor_loss(actor, qf, obs, alpha):
     """Equation (3), and log_prob (batch,)."""
     actions, log_prob = actor.sample(obs)
-    return (alpha * log_prob - qf.value(obs, actions)).mean(), log_prob
+    q = qf.value(obs, actions)
+    return (alpha * log_prob - q).mean(), log_prob
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
@@ -282,9 +277,9 @@ def main(args: Args):
 
         with torch.no_grad():
             next_actions, next_log_prob = actor.sample(batch.next_obs)
-        q_loss, q, clipped = critic_loss(qf, batch, next_actions, alpha * next_log_prob, args)
+        q_loss, q, clipped = critic_loss(qf, batch, next_actions, next_log_prob, alpha, args)
         descend(q_optimizer, q_loss)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
         metrics |= {"losses/clipped_targets": clipped}
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -293,11 +288,11 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
         pi_loss, log_prob = actor_loss(actor, qf, obs_rms(batch.obs), alpha)
         descend(actor_optimizer, pi_loss)
+        metrics = {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
             descend(alpha_optimizer, alpha_loss)
-        metrics = {"losses/actor_loss": pi_loss, "losses/alpha": alpha, "losses/entropy": -log_prob}
         return {name: value.detach() for name, value in metrics.items()}
 
     update, update_actor, act = speed_up(args, device, update, update_actor, act=actor.sample)
@@ -397,7 +392,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, without --autotune")
-    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+    step_wise = "kl_bound" in given and given.get("actor_gradient") != "chain"
+    if step_wise and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")

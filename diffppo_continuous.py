@@ -15,7 +15,7 @@ state: V(s') still counts.
 The policy changes: K steps with controls c_k = c(s, a^k, k) lead from a^K ~ p = N(0, nu^2 I) to
 a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions x = a^(k-1):
 
-    step         q(x|a^k, s) = N( sqrt(1 - delta_k) a^k + nu sqrt(delta_k) c_k, std_k^2 I )     (6)
+    step         q(x|a^k, s) = N( sqrt(1 - delta_k) a^k + nu sqrt(delta_k) c_k, diag(std_k^2) ) (6)
     free step    n(x|a^k)    = N( sqrt(1 - delta_k) a^k, nu^2 delta_k I ),  which keeps p       (7)
     log pi       log q - log n at each step, and at the end log p(a^0) - log |da / da^0|        (8)
     discounts    gamma = lambda = 1 inside a chain                                              (9)
@@ -93,8 +93,8 @@ class Args:
     alpha_anneal: float = 1.0  # alpha falls from this multiple of it
     vf_coef: float = 0.5  # weight of the critic's loss
     max_grad_norm: float = 0.5  # of actor and critic together
-    target_kl: float | None = None  # a larger KL of the steps ends the epochs
-    hidden_dim: int = 64  # width of the two hidden layers
+    target_kl: float | None = None  # a larger approximate KL ends the epochs
+    hidden_dim: int = 64  # width of the hidden layers
     normalize_obs: bool = True  # observations by running mean and std
 
     # diffusion policy
@@ -136,7 +136,7 @@ def squash(latent):
 
 
 def log_normal(x, mean, std):
-    """Log-density of x (..., dim) under N(mean, std^2 I), summed over dim."""
+    """Log-density of x (..., dim) under N(mean, diag(std^2)), summed over dim."""
     return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
@@ -415,7 +415,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, without --autotune")
-    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+    step_wise = "kl_bound" in given and given.get("actor_gradient") != "chain"
+    if step_wise and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")

@@ -8,30 +8,26 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
     actor        E[ alpha log pi(a_new|s) - min_i Q_i(s, a_new) ]                               (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
-The policy changes: K steps lead from noise a^K ~ p = N(0, nu^2 I) to a^0. Step k replaces a share
-delta_k of the variance by noise_k ~ N(0, I), to which a network adds a control c_k = c(s, a^k, k):
+The policy changes: K steps lead from noise a^K ~ p = N(0, nu^2 I) to a = tanh(a^0). Step k replaces
+a share delta_k of the variance by noise_k ~ N(0, I); a network adds a control c_k = c(s, a^k, k).
+log pi has no closed form: (6) takes its place in (1), (3) and (4). Given a, its mean is log pi(a|s)
+plus KL( the steps that led to a || steps back from a with c = 0 ): so it is an upper bound.
 
-    a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
+    step k       a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k)             (5)
+    for log pi   log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)             (6)
 
-log pi has no closed form: (6) takes its place in (1), (3) and (4). A free chain, with c = 0, keeps
-p, and run backwards from a^0 leads to a^K. In the mean, given a, (6) is log pi(a|s) + KL( the steps
-that led to a || free steps back from a ), an upper bound of log pi(a|s):
+--actor-gradient chain differentiates (3) through all K steps. step, the default, differentiates one
+step k of the chain at s' that (1) has drawn; (4) uses that chain too. A critic says what the other
+steps bring: V_j(s, a^j) is the mean of min_i Q̄_i(s, a) - alpha cost_j, by a network of (s, a^j, j)
+that returns e, rest and cost: min_i Q̄_i(s, tanh e) + rest - alpha cost. V_0 is known.
 
-    log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
+    cost_j       log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2
+    critic V     |e - a^0|^2 + (rest - min_i Q̄_i(s, a) + min_i Q̄_i(s, tanh e))^2
+                 + alpha^2 (cost - cost_j)^2,  with e constant inside Q̄                        (7)
+    actor        E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],  a^k constant, Q for Q̄ in V     (8)
+    or           0.3 D where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights       (9)
 
---actor-gradient chain differentiates (3) through all K steps. step, the default, sees an episode of
-K moves, each at a cost of alpha |c_k|^2 / 2, and V_j(s, a^j) as the value of what is left:
-
-    cost_j = log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2
-    V_j    = E[ min_i Q̄_i(s, tanh a^0) - alpha cost_j | s, a^j ],  for j > 0 by a network of
-             (s, a^j, j) with outputs e, rest, cost:  min_i Q̄_i(s, tanh e) + rest - alpha cost
-    fit      |e - a^0|^2 + (rest - min_i Q̄_i(s, tanh a^0) + min_i Q̄_i(s, tanh e))^2
-             + alpha^2 (cost - cost_j)^2,  with e constant inside Q̄                            (7)
-    actor    E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],  each row has one k, a^k constant    (8)
-    or       0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights   (9)
-
-(8) takes Q for Q̄ at e and draws a^(k-1) anew. With exact V, K times its gradient is that of (3).
-D estimates KL( chain of c || of c̄ ) with equal deltas. step uses s' and chains of (1) from (4) on.
+With exact V, K times the gradient of (8) is that of (3), if K divides the batch.
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -93,7 +89,7 @@ class Args:
     batch_size: int = 256  # transitions per gradient step
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 1.0  # gradient steps per environment step
-    hidden_dim: int = 256  # width of the two hidden layers
+    hidden_dim: int = 256  # width of the hidden layers
     policy_lr: float = 3e-4  # learning rate of the actor
     q_lr: float = 1e-3  # learning rate of the critics
     alpha: float = 1.0  # first temperature; fixed: --no-autotune
@@ -241,17 +237,20 @@ def latent_critic_network(obs_dim, action_dim, args):
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
 
-def latent_critic(vf, obs, latent, place):
-    """e (batch, action_dim), rest and cost (batch,) of V_j, at a^j; place is j / K (batch,)."""
-    outputs = vf(torch.cat((obs, latent, place[:, None]), dim=-1)).to(obs.dtype)
-    return outputs[:, :-2], outputs[:, -2], outputs[:, -1]
+def latent_critic(actor, vf, obs, latent, j):
+    """e (batch, action_dim), rest and cost (batch,) of V_j at a^j; j (batch,). V_0 is known."""
+    outputs = vf(torch.cat((obs, latent, (j / actor.steps)[:, None]), dim=-1)).to(obs.dtype)
+    end = torch.where(j[:, None] > 0, outputs[:, :-2], latent)
+    rest = torch.where(j > 0, outputs[:, -2], 0.0)
+    cost = torch.where(j > 0, outputs[:, -1], actor.end_cost(latent))
+    return end, rest, cost
 
 
 def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
     """Mean of (7) over the batch. Row i has j = 1 + i % (K - 1)."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
-    end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
+    end, rest, cost = latent_critic(actor, vf, obs, chain.latents[j, rows], j)
     with torch.no_grad():
         control_cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: steps 1 ... j
         sampled_cost = actor.end_cost(chain.latents[0]) + control_cost[j - 1, rows]
@@ -260,15 +259,7 @@ def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
     return v_loss + (end - chain.latents[0]).square().sum(-1).mean()
 
 
-def latent_value(actor, qf, vf, obs, latent, j, alpha):
-    """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), with Q for Q̄ at e."""
-    end, rest, cost = latent_critic(vf, obs, latent, j / actor.steps)
-    end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known: e = a^0, no rest, cost_0
-    rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent))
-    return qf(obs, torch.tanh(end)).amin(0) + rest - alpha * cost
-
-
-def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
+def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, args):
     """Mean of (8), or (9) in rows out of bounds, and D (batch,). Row i has k = 1 + i % K."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     k = 1 + rows % actor.steps
@@ -277,10 +268,11 @@ def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, kl_bound):
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
     # fresh noise: V has just been fitted to the chain's own a^(k-1)
     x = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
-    value = latent_value(actor, qf, vf, obs, x, k - 1, alpha)
+    end, rest, cost = latent_critic(actor, vf, obs, x, k - 1)
+    value = qf(obs, torch.tanh(end)).amin(0) + rest - alpha * cost  # V_(k-1)
     surrogate = 0.5 * alpha * control.square().sum(-1) - value  # DIFF: (8)
     kl = 0.5 * actor.steps * (control - average_control).square().sum(-1)
-    return torch.where(kl < kl_bound, surrogate, 0.3 * kl).mean(), kl  # DIFF: (9)
+    return torch.where(kl < args.kl_bound, surrogate, 0.3 * kl).mean(), kl  # DIFF: (9)
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
@@ -327,15 +319,18 @@ def main(args: Args):
             next_q = qf_target(states, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
 
         if args.actor_gradient == "chain":
             pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)  # as in SAC
         else:
-            v_loss = latent_critic_loss(actor, qf_target, vf, chain, next_q, alpha)
-            descend(v_optimizer, v_loss)
-            pi_loss, kl = step_actor_loss(actor, average_actor, qf, vf, chain, alpha, args.kl_bound)
+            descend(v_optimizer, latent_critic_loss(actor, qf_target, vf, chain, next_q, alpha))
+            pi_loss, kl = step_actor_loss(actor, average_actor, qf, vf, chain, alpha, args)
             log_prob = next_log_prob
+            metrics |= {"diffusion/kl_to_average": kl}
+            metrics |= {"diffusion/in_trust_region": (kl < args.kl_bound).float()}
         descend(actor_optimizer, pi_loss)
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
@@ -343,13 +338,8 @@ def main(args: Args):
 
         move_towards(qf_target, qf, args.tau)
         move_towards(average_actor, actor, args.tau)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         metrics |= {"diffusion/control_energy": 0.5 * chain.controls.square().sum((0, -1))}
         metrics |= {"diffusion/noise_std_1": actor.kernels()[1][0]}
-        if args.actor_gradient == "step":
-            metrics |= {"diffusion/kl_to_average": kl}
-            metrics |= {"diffusion/in_trust_region": (kl < args.kl_bound).float()}
         return {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, device, update, act=actor.sample)
@@ -441,7 +431,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, without --autotune")
-    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+    step_wise = "kl_bound" in given and given.get("actor_gradient") != "chain"
+    if step_wise and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")

@@ -16,31 +16,26 @@ the place of the gradient of (3) by phi; grad_phi holds x and v constant:
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
 
-The policy changes: K steps lead from noise a^K ~ p = N(0, nu^2 I) to a^0. Step k replaces a share
-delta_k of the variance by noise_k ~ N(0, I), to which a network adds a control c_k = c(s, a^k, k):
+The policy changes: K steps lead from noise a^K ~ p = N(0, nu^2 I) to a = tanh(a^0). Step k replaces
+a share delta_k of the variance by noise_k ~ N(0, I); a network adds a control c_k = c(s, a^k, k).
+log pi has no closed form: (6) takes its place in (1), (3) and (4). Given a, its mean is log pi(a|s)
+plus KL( the steps that led to a || steps back from a with c = 0 ): so it is an upper bound.
 
-    a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k),   a = tanh(a^0)         (5)
+    step k       a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k)             (5)
+    for log pi   log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)             (6)
 
-log pi has no closed form: (6) takes its place in (1), (3) and (4). A free chain, with c = 0, keeps
-p, and run backwards from a^0 leads to a^K. In the mean, given a, (6) is log pi(a|s) + KL( the steps
-that led to a || free steps back from a ), an upper bound of log pi(a|s):
+Step k is WPO's Gaussian, of x = a^(k-1), with mean = sqrt(1 - delta_k) a^k + std_k c_k and std_k =
+nu sqrt(delta_k); v_k takes the place of v. The chain is that at s' which (1) has drawn; (4) uses it
+too. A critic says what the other steps bring: V_j(s, a^j) is the mean of min_i Q̄_i(s, a) - alpha
+cost_j, by a network of (s, a^j, j) that returns e, rest and cost: min_i Q̄_i(s, tanh e) + rest -
+alpha cost. V_0 is known.
 
-    log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)                          (6)
-
-Step k is WPO's Gaussian, with x = a^(k-1), mean = sqrt(1 - delta_k) a^k + std_k c_k and std_k =
-nu sqrt(delta_k). v_k takes the place of v, and V_j(s, a^j) is the value of what is left of a chain:
-
-    cost_j = log p(a^0) - log |da / da^0| + sum_(k<=j) |c_k|^2 / 2
-    V_j    = E[ min_i Q̄_i(s, tanh a^0) - alpha cost_j | s, a^j ],  for j > 0 by a network of
-             (s, a^j, j) with outputs e, rest, cost:  min_i Q̄_i(s, tanh e) + rest - alpha cost
-    fit      |e - a^0|^2 + (rest - min_i Q̄_i(s, tanh a^0) + min_i Q̄_i(s, tanh e))^2
-             + alpha^2 (cost - cost_j)^2,  with e constant inside Q̄                            (7)
-    v_k    = grad_x V_(k-1)(s, x) - alpha c_k / std_k,   with Q in place of Q̄ at e             (8)
-    loss     0.3 D in rows where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights   (9)
-    else     -alpha log n(x), n: step k without c_k, x constant; plus a loss of gradient -(W2) (10)
-
---actor-gradient step takes one step of a chain at s', and learns V from such chains; (4) uses them
-too. chain takes all steps of a chain at s; for grad V it differentiates the steps after x.
+    cost_j       log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2
+    critic V     |e - a^0|^2 + (rest - min_i Q̄_i(s, a) + min_i Q̄_i(s, tanh e))^2
+                 + alpha^2 (cost - cost_j)^2,  with e constant inside Q̄                        (7)
+    v_k          grad_x V_(k-1)(s, x) - alpha c_k / std_k,  with Q for Q̄ in V                  (8)
+    actor        loss of gradient -(W2), minus alpha log n(x), x constant; n: step with c = 0  (10)
+    or           0.3 D where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights       (9)
 
     python diffwpo_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffwpo_continuous.py --resume runs/RUN/checkpoint.pt
@@ -102,7 +97,7 @@ class Args:
     batch_size: int = 256  # transitions per gradient step
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 1.0  # gradient steps per environment step
-    hidden_dim: int = 256  # width of the two hidden layers
+    hidden_dim: int = 256  # width of the hidden layers
     policy_lr: float = 3e-4  # learning rate of the actor
     q_lr: float = 1e-3  # learning rate of the critics
     alpha: float = 1.0  # first temperature; fixed: --no-autotune
@@ -121,7 +116,6 @@ class Args:
     delta_first: float = 0.9  # delta_K of the first denoising step
     delta_last: float = 0.01  # delta_1 of the last; geometric between
     learn_delta: bool = True  # learn delta; never with --no-precondition
-    actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
     kl_bound: float = 1.0  # nats from the average actor (9)
 
 
@@ -166,16 +160,6 @@ class Chain(NamedTuple):
     noises: torch.Tensor  # (K, batch, action_dim)
 
 
-class Moves(NamedTuple):
-    """Steps of some chains, one of each (batch, ...) or all of each (K, batch, ...)."""
-
-    obs: torch.Tensor  # (batch, obs_dim)
-    k: torch.Tensor  # (batch,), or (K, 1) for all steps of each chain
-    latent: torch.Tensor  # a^k, (batch, action_dim) or (K, batch, action_dim)
-    noise: torch.Tensor  # that leads to a^(k-1); shape as latent
-    velocity: torch.Tensor  # of a^(k-1), equation (8); shape as latent
-
-
 class Actor(nn.Module):
     """Diffusion policy (5), squashed by tanh to [-1, 1]."""
 
@@ -211,7 +195,6 @@ class Actor(nn.Module):
         shape = (self.steps + 1, obs.shape[0], self.fc_latent.in_features)
         noise = noise_scale * torch.randn(shape, dtype=obs.dtype, device=obs.device)
         noises, prior_noise = noise[:-1], noise[-1]
-        noises.requires_grad_(torch.is_grad_enabled())  # `all_steps` differentiates by them
         latent = self.prior_std * prior_noise  # a^K
         latents, controls = [latent], []
         obs_features, (decay, std) = self.fc_obs(obs), self.kernels()
@@ -258,17 +241,20 @@ def latent_critic_network(obs_dim, action_dim, args):
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
 
-def latent_critic(vf, obs, latent, place):
-    """e (batch, action_dim), rest and cost (batch,) of V_j, at a^j; place is j / K (batch,)."""
-    outputs = vf(torch.cat((obs, latent, place[:, None]), dim=-1)).to(obs.dtype)
-    return outputs[:, :-2], outputs[:, -2], outputs[:, -1]
+def latent_critic(actor, vf, obs, latent, j):
+    """e (batch, action_dim), rest and cost (batch,) of V_j at a^j; j (batch,). V_0 is known."""
+    outputs = vf(torch.cat((obs, latent, (j / actor.steps)[:, None]), dim=-1)).to(obs.dtype)
+    end = torch.where(j[:, None] > 0, outputs[:, :-2], latent)
+    rest = torch.where(j > 0, outputs[:, -2], 0.0)
+    cost = torch.where(j > 0, outputs[:, -1], actor.end_cost(latent))
+    return end, rest, cost
 
 
 def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
     """Mean of (7) over the batch. Row i has j = 1 + i % (K - 1)."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
-    end, rest, cost = latent_critic(vf, obs, chain.latents[j, rows], j / actor.steps)
+    end, rest, cost = latent_critic(actor, vf, obs, chain.latents[j, rows], j)
     with torch.no_grad():
         control_cost = 0.5 * chain.controls.square().sum(-1).cumsum(0)  # row j - 1: steps 1 ... j
         sampled_cost = actor.end_cost(chain.latents[0]) + control_cost[j - 1, rows]
@@ -277,51 +263,26 @@ def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
     return v_loss + (end - chain.latents[0]).square().sum(-1).mean()
 
 
-def latent_value(actor, qf, vf, obs, latent, j, alpha):
-    """V_j (batch,) of latents a^j (batch, action_dim) at steps j (batch,), with Q for Q̄ at e."""
-    end, rest, cost = latent_critic(vf, obs, latent, j / actor.steps)
-    end = torch.where(j[:, None] > 0, end, latent)  # V_0 is known: e = a^0, no rest, cost_0
-    rest, cost = torch.where(j > 0, rest, 0.0), torch.where(j > 0, cost, actor.end_cost(latent))
-    return qf(obs, torch.tanh(end)).amin(0) + rest - alpha * cost
-
-
-def one_step(actor, qf, vf, chain, alpha):
-    """`Moves` of one step of each chain, (8) from the latent critic. Row i has k = 1 + i % K."""
-    rows = torch.arange(len(chain.obs), device=chain.obs.device)
+def actor_loss(actor, average_actor, qf, vf, chain, alpha, args):
+    """Mean of (10), or (9) in rows out of bounds, and D (batch,). Row i has k = 1 + i % K."""
+    obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     k = 1 + rows % actor.steps
-    x = chain.latents[k - 1, rows].requires_grad_()
-    slope = torch.autograd.grad(latent_value(actor, qf, vf, chain.obs, x, k - 1, alpha).sum(), x)[0]
-    control, std = chain.controls[k - 1, rows], actor.kernels()[1][k - 1].detach()
-    velocity = slope - alpha * control / std  # DIFF: (8)
-    return Moves(chain.obs, k, chain.latents[k, rows], chain.noises[k - 1, rows], velocity)
-
-
-def all_steps(actor, qf, obs, alpha):
-    """`Moves` of all k for each obs, (8) through the steps after x; and log_prob (batch,)."""
-    chain = actor.chain(obs)
-    actions, log_prob = actor.outcome(chain)
-    value = qf(obs, actions).amin(0) - alpha * log_prob
-    slope = torch.autograd.grad(value.sum(), chain.noises)[0]  # c . noise of (6) brings -alpha c
-    velocity = slope / actor.kernels()[1].detach()[:, None]  # DIFF: (8): d/dx = d/dnoise / std
-    k = torch.arange(1, actor.steps + 1, device=obs.device)[:, None]
-    latents, noises = chain.latents[1:].detach(), chain.noises.detach()
-    return Moves(obs, k, latents, noises, velocity), log_prob
-
-
-def actor_loss(actor, average_actor, moves, alpha, args):
-    """Mean of (10), or (9) in rows out of bounds, and D. The value means nothing."""
-    obs, k, latent, noise, velocity = moves
+    latent, noise = chain.latents[k, rows], chain.noises[k - 1, rows]
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
     decay, std = decay[k - 1], std[k - 1]
     mean = decay * latent + std * control
-    x = (mean + std * noise).detach()  # a^(k-1) of the chain: the actor has not moved since
+    x = chain.latents[k - 1, rows].requires_grad_()  # still mean + std * noise
+    end, rest, cost = latent_critic(actor, vf, obs, x, k - 1)
+    value = qf(obs, torch.tanh(end)).amin(0) + rest - alpha * cost  # V_(k-1)
+    velocity = torch.autograd.grad(value.sum(), x)[0]
+    velocity = velocity - alpha * (control / std).detach()  # DIFF: (8)
     if args.precondition:
         follower = mean + std * noise  # DIFF: (W3)
     else:
         follower = (mean - x) / std.square()  # DIFF: (W2): this is grad log g
-    free = 0.5 * ((x - decay * latent) / std).square() + std.log()  # DIFF: (10)
-    surrogate = (alpha * free - follower * velocity).sum(-1)
+    minus_log_n = 0.5 * ((x - decay * latent) / std).square() + std.log()  # DIFF: (10)
+    surrogate = (alpha * minus_log_n - follower * velocity).sum(-1)
     kl = 0.5 * actor.steps * (control - average_control).square().sum(-1)
     return torch.where(kl < args.kl_bound, surrogate, 0.3 * kl).mean(), kl  # DIFF: (9)
 
@@ -363,22 +324,20 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            # step uses this chain from (4) on; a terminal s' has no action: its row gets s
+            # (4) to (10) use this chain too; a terminal s' has no action: its row gets s
             states = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
             chain = actor.chain(states)
             next_actions, next_log_prob = actor.outcome(chain)
             next_q = qf_target(states, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
 
-        if args.actor_gradient == "chain":
-            moves, log_prob = all_steps(actor, qf, batch.obs, alpha)
-        else:
-            v_loss = latent_critic_loss(actor, qf_target, vf, chain, next_q, alpha)
-            descend(v_optimizer, v_loss)
-            moves, log_prob = one_step(actor, qf, vf, chain, alpha), next_log_prob
-        pi_loss, kl = actor_loss(actor, average_actor, moves, alpha, args)
+        descend(v_optimizer, latent_critic_loss(actor, qf_target, vf, chain, next_q, alpha))
+        pi_loss, kl = actor_loss(actor, average_actor, qf, vf, chain, alpha, args)
+        log_prob = next_log_prob
         descend(actor_optimizer, pi_loss)
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
@@ -386,8 +345,6 @@ def main(args: Args):
 
         move_towards(qf_target, qf, args.tau)
         move_towards(average_actor, actor, args.tau)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         metrics |= {"diffusion/control_energy": 0.5 * chain.controls.square().sum((0, -1))}
         metrics |= {"diffusion/noise_std_1": actor.kernels()[1][0]}
         metrics |= {"diffusion/kl_to_average": kl}
@@ -483,7 +440,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, without --autotune")
-    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+    step_wise = "kl_bound" in given and given.get("actor_gradient") != "chain"
+    if step_wise and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")

@@ -1,22 +1,24 @@
 """DIME: diffusion-based maximum-entropy RL (Celik et al., ICML 2025, arXiv 2502.02316).
 
-CrossQ with a diffusion policy, another target entropy and clipped actor gradients. K steps with
-controls f lead from a^K ~ N(0, nu^2 I) to a = tanh(a^0). Step sizes eta_k = eta b_k / kappa fall as
-b_k ~ cos^2(pi (K - k) / 2K); eta and kappa (per dimension) are learned. With N(mean, variance):
-
-    denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )  (5)
-    noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (6)
-    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|            (7)
-
-In (1), (3) and (4) below L takes the place of log pi, which is unknown: E[ L | a ] >= log pi(a|s).
-The gradient of (3) passes through all K steps. Z_j has atoms z_i. For (s, a, r, s') from the
-replay buffer, r divided by the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
+Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. Instead of moving averages the critics have
+batch renormalisation. Each returns a distribution over atoms z_i (C51, arXiv 1707.06887), or with
+--num-atoms 1 a number, with SAC's losses. For (s, a, r, s') from the replay buffer, r divided by
+the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
     target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
                  r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms (1)
     critic       E[ sum_j cross-entropy of Z_j(s, a) to (1) - 0.005 entropy of Z_j(s, a) ]      (2)
     actor        E[ alpha log pi(a_new|s) - mean_j E[ Z_j(s, a_new) ] ]                         (3)
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
+
+The policy changes: K steps with controls f lead from a^K ~ N(0, nu^2 I) to a = tanh(a^0). L takes
+the place of log pi in (1), (3) and (4), which is unknown: E[ L | a ] >= log pi(a|s). The gradient
+of (3) passes through all K steps. Step sizes eta_k = eta b_k / kappa fall as b_k ~ cos^2(pi (K - k)
+/ 2K); eta and kappa (per dimension) are learned. With N(mean, variance):
+
+    denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )  (5)
+    noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (6)
+    log-ratio    L = log N(a^K; 0, nu^2 I) + sum_k (log q - log m) - log |da / da^0|            (7)
 
     python dime.py --env-id Humanoid-v4
     python dime.py --resume runs/RUN/checkpoint.pt
@@ -78,8 +80,8 @@ class Args:
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 2.0  # gradient steps per environment step
     policy_delay: int = 3  # critics' gradient steps for one of the actor
-    critic_dim: int = 256  # width of the critics' two hidden layers
-    hidden_dim: int = 128  # width of the actor's hidden layers
+    hidden_dim: int = 128  # width of the hidden layers
+    critic_dim: int = 256  # width of the critics' hidden layers
     num_atoms: int = 101  # atoms of the critics' distributions; 1: scalar
     v_min: float = -5.0  # first atom
     v_max: float = 5.0  # last atom
@@ -109,7 +111,7 @@ def lecun_normal(weight, fan_in):
 class BatchRenorm(nn.Module):
     """Batch renormalisation (arXiv 1702.03275); r = 1, d = 0 in the first `warmup` batches."""
 
-    def __init__(self, features, momentum=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+    def __init__(self, features, momentum=0.01, eps=1e-3, warmup=100_000):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2, 1, features))  # twins: all have a leading axis
         self.bias = nn.Parameter(torch.zeros(2, 1, features))
@@ -117,14 +119,10 @@ class BatchRenorm(nn.Module):
         self.register_buffer("var", torch.ones(2, 1, features))
         self.register_buffer("batches", torch.tensor(0))
         self.momentum, self.eps, self.warmup = momentum, eps, warmup
-        self.r_max, self.d_max = r_max, d_max
 
     def forward(self, x, train):
-        """Normalise x (2, batch, features) by the running mean and variance.
-
-        `train`: by the batch's, corrected by r and d without gradient; moves the running ones.
-        """
-        running_std = (self.var + self.eps).sqrt()
+        """Normalise x (2, batch, features) by running statistics, or (`train`) by its own."""
+        x, running_std = x.to(self.mean.dtype), (self.var + self.eps).sqrt()
         if not train:
             return torch.addcmul(self.bias, x - self.mean, self.weight / running_std)
         mean = x.mean(1, keepdim=True)
@@ -133,8 +131,8 @@ class BatchRenorm(nn.Module):
         std = (var + self.eps).sqrt()
         with torch.no_grad():
             warm = self.batches >= self.warmup
-            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
-            d = ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max)
+            r = (std / running_std).clamp(1 / 3, 3)
+            d = ((mean - self.mean) / running_std).clamp(-5, 5)
             r, d = torch.where(warm, r, 1.0), torch.where(warm, d, 0.0)
             self.mean.lerp_(mean, self.momentum)
             self.var.lerp_(var, self.momentum)
@@ -157,12 +155,12 @@ class SoftQNetwork(nn.Module):
 
     def forward(self, obs, actions, train=False):
         """Logits (2, batch, num_atoms); `train` normalises by the batch, and records it."""
+        (weight1, weight2, weight3), (bias1, bias2, bias3) = self.weights, self.biases
+        norm1, norm2, norm3 = self.norms
         x = torch.cat((obs, actions), dim=-1).expand(2, -1, -1)
-        layers = zip(self.norms, self.weights, self.biases, strict=True)
-        for i, (norm, weight, bias) in enumerate(layers):
-            x = F.relu(x) if i > 0 else x
-            x = torch.baddbmm(bias, norm(x, train), weight).to(obs.dtype)
-        return x
+        x = F.relu(torch.baddbmm(bias1, norm1(x, train), weight1))
+        x = F.relu(torch.baddbmm(bias2, norm2(x, train), weight2))
+        return torch.baddbmm(bias3, norm3(x, train), weight3).to(obs.dtype)
 
     def expected(self, logits):
         """Expected values (2, batch) of logits; a scalar critic's only output is its value."""
@@ -273,23 +271,21 @@ def project(probs, values, atoms):
     return projected.scatter_add_(1, lower.long() + 1, probs * share)
 
 
-def critic_loss(qf, batch, next_actions, next_cost, args):
-    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) that projecting clips.
-
-    next_cost (batch,) is alpha times the log-probability of next_actions.
-    """
+def critic_loss(qf, batch, next_actions, next_log_prob, alpha, args):
+    """Loss (2), summed over the twins; Q-values (2, batch); mass (batch,) that projecting clips."""
     # in one pass: the statistics have to be those of replayed and of fresh actions
     obs, actions = torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions))
     logits, next_logits = qf(obs, actions, train=True).chunk(2, dim=1)
     q, discounts = qf.expected(logits), args.gamma * (1 - batch.terminations)
     if args.num_atoms == 1:  # CrossQ's own critics: SAC's target and loss
         next_q = qf.expected(next_logits).detach().amin(0)
-        target = batch.rewards + discounts * (next_q - next_cost)
+        target = batch.rewards + discounts * (next_q - alpha * next_log_prob)
         return (q - target).square().mean(1).sum(), q, torch.zeros_like(target)
 
     with torch.no_grad():
         next_probs = next_logits.softmax(-1).mean(0)
-        values = batch.rewards[:, None] + discounts[:, None] * (qf.atoms - next_cost[:, None])
+        next_values = qf.atoms - alpha * next_log_prob[:, None]
+        values = batch.rewards[:, None] + discounts[:, None] * next_values
         target_probs = project(next_probs, values, qf.atoms)  # DIFF: (1)
         outside = (values < qf.atoms[0]) | (values > qf.atoms[-1])
         clipped = (next_probs * outside).sum(-1)
@@ -301,7 +297,8 @@ def critic_loss(qf, batch, next_actions, next_cost, args):
 def actor_loss(actor, qf, obs, alpha):
     """Equation (3), and log_prob (batch,)."""
     actions, log_prob = actor.sample(obs)
-    return (alpha * log_prob - qf.value(obs, actions)).mean(), log_prob
+    q = qf.value(obs, actions)
+    return (alpha * log_prob - q).mean(), log_prob
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
@@ -343,9 +340,9 @@ def main(args: Args):
 
         with torch.no_grad():
             next_actions, next_log_prob = actor.sample(batch.next_obs)
-        q_loss, q, clipped = critic_loss(qf, batch, next_actions, alpha * next_log_prob, args)
+        q_loss, q, clipped = critic_loss(qf, batch, next_actions, next_log_prob, alpha, args)
         descend(q_optimizer, q_loss)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
         metrics |= {"losses/clipped_targets": clipped}
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -354,11 +351,11 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
         pi_loss, log_prob = actor_loss(actor, qf, obs_rms(batch.obs), alpha)
         descend(actor_optimizer, pi_loss, max_grad_value=1.0)
+        metrics = {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
             descend(alpha_optimizer, alpha_loss)
-        metrics = {"losses/actor_loss": pi_loss, "losses/alpha": alpha, "losses/entropy": -log_prob}
         metrics |= {"diffusion/running_cost_per_dim": (log_prob + prior_entropy) / action_dim}
         metrics |= {"diffusion/noise_std_1": actor.kernels()[2][0]}
         return {name: value.detach() for name, value in metrics.items()}
@@ -460,7 +457,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, without --autotune")
-    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+    step_wise = "kl_bound" in given and given.get("actor_gradient") != "chain"
+    if step_wise and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")

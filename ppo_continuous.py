@@ -81,7 +81,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the critic's loss
     max_grad_norm: float = 0.5  # of actor and critic together
     target_kl: float | None = None  # a larger approximate KL ends the epochs
-    hidden_dim: int = 64  # width of the two hidden layers
+    hidden_dim: int = 64  # width of the hidden layers
     initial_std: float = 0.5  # of the policy, before squashing
     normalize_obs: bool = True  # observations by running mean and std
 
@@ -115,7 +115,7 @@ def squash(latent):
 
 
 def log_normal(x, mean, std):
-    """Log-density of x (..., dim) under N(mean, std^2 I), summed over dim."""
+    """Log-density of x (..., dim) under N(mean, diag(std^2)), summed over dim."""
     return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
@@ -329,7 +329,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, without --autotune")
-    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+    step_wise = "kl_bound" in given and given.get("actor_gradient") != "chain"
+    if step_wise and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")

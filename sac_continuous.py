@@ -68,7 +68,7 @@ class Args:
     batch_size: int = 256  # transitions per gradient step
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 1.0  # gradient steps per environment step
-    hidden_dim: int = 256  # width of the two hidden layers
+    hidden_dim: int = 256  # width of the hidden layers
     policy_lr: float = 3e-4  # learning rate of the actor
     q_lr: float = 1e-3  # learning rate of the critics
     alpha: float = 1.0  # first temperature; fixed: --no-autotune
@@ -138,7 +138,7 @@ class Actor(nn.Module):
 
     def mean_action(self, obs):
         """Action (batch, action_dim) without noise."""
-        return squash(self(obs)[0])[0]
+        return torch.tanh(self(obs)[0])
 
 
 def critic_loss(qf, batch, next_value, gamma):
@@ -192,17 +192,17 @@ def main(args: Args):
             next_q = qf_target(batch.next_obs, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
 
         pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)
         descend(actor_optimizer, pi_loss)
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
             descend(alpha_optimizer, alpha_loss)
 
         move_towards(qf_target, qf, args.tau)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         return {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, device, update, act=actor.sample)
@@ -294,7 +294,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, without --autotune")
-    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+    step_wise = "kl_bound" in given and given.get("actor_gradient") != "chain"
+    if step_wise and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")

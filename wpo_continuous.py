@@ -77,7 +77,7 @@ class Args:
     batch_size: int = 256  # transitions per gradient step
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 1.0  # gradient steps per environment step
-    hidden_dim: int = 256  # width of the two hidden layers
+    hidden_dim: int = 256  # width of the hidden layers
     policy_lr: float = 3e-4  # learning rate of the actor
     q_lr: float = 1e-3  # learning rate of the critics
     alpha: float = 1.0  # first temperature; fixed: --no-autotune
@@ -153,7 +153,7 @@ class Actor(nn.Module):
 
     def mean_action(self, obs):
         """Action (batch, action_dim) without noise."""
-        return squash(self(obs)[0])[0]
+        return torch.tanh(self(obs)[0])
 
 
 def critic_loss(qf, batch, next_value, gamma):
@@ -163,17 +163,13 @@ def critic_loss(qf, batch, next_value, gamma):
     return (q - target).square().mean(1).sum(), q
 
 
-def kl_divergences(mean, log_std, average_mean, average_log_std):
-    """KL( average || policy ) if only the means differed, and if only the stds did; (batch,)."""
-    kl_mean = 0.5 * ((mean - average_mean) / average_log_std.exp()).square()
-    kl_std = log_std - average_log_std + 0.5 * (2 * (average_log_std - log_std)).exp() - 0.5
-    return kl_mean.sum(-1), kl_std.sum(-1)
-
-
 def actor_loss(actor, average_actor, qf, obs, alpha, args):
     """Loss: (W4) plus one with gradient -(W2); its value means nothing. Also log_prob, both KLs."""
     mean, log_std = actor(obs)
-    kl_mean, kl_std = kl_divergences(mean, log_std, *average_actor(obs))
+    average_mean, average_log_std = average_actor(obs)
+    kl_mean = 0.5 * ((mean - average_mean) / average_log_std.exp()).square()
+    kl_std = log_std - average_log_std + 0.5 * (2 * (average_log_std - log_std)).exp() - 0.5
+    kl_mean, kl_std = kl_mean.sum(-1), kl_std.sum(-1)
     penalty = args.kl_weight_mean * kl_mean + args.kl_weight_std * kl_std  # DIFF: (W4)
 
     obs, mean, log_std = (x.repeat(args.action_samples, 1) for x in (obs, mean, log_std))
@@ -231,9 +227,11 @@ def main(args: Args):
             next_q = qf_target(batch.next_obs, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
 
         pi_loss, log_prob, kls = actor_loss(actor, average_actor, qf, batch.obs, alpha, args)
         descend(actor_optimizer, pi_loss)
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
@@ -241,8 +239,6 @@ def main(args: Args):
 
         move_towards(qf_target, qf, args.tau)
         move_towards(average_actor, actor, args.tau)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         metrics |= {"losses/kl_mean": kls[0], "losses/kl_std": kls[1]}
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -335,7 +331,8 @@ def set_up(args):
         fail("--alpha must be positive, or fixed with --no-autotune")
     if args.alpha_anneal > 1 and (args.alpha == 0 or given.get("autotune")):
         fail("--alpha-anneal needs a positive --alpha, without --autotune")
-    if given.get("actor_gradient") == "step" and args.diffusion_steps > args.batch_size:
+    step_wise = "kl_bound" in given and given.get("actor_gradient") != "chain"
+    if step_wise and args.diffusion_steps > args.batch_size:
         fail("--diffusion-steps must not be larger than --batch-size")
     if given.get("delta_last", 0) > given.get("delta_first", 1):
         fail("--delta-last must not be larger than --delta-first")

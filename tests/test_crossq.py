@@ -120,12 +120,12 @@ def test_critic_loss_is_the_projected_cross_entropy():
     qf, args = critics(), crossq.Args(**ARGS, gamma=0.9, critic_entropy=0.005)
     ended = torch.tensor([0.0, 1, 0, 0, 1, 0])
     batch = crossq.Batch(*torch.randn(2, 6, 3), torch.rand(6, 1), torch.randn(6), ended)
-    next_actions, next_cost = torch.rand(6, 1), torch.randn(6)
+    next_actions, next_log_prob = torch.rand(6, 1), torch.randn(6)
     both = torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions))
     logits = qf(*both, train=True)
     for norm in qf.norms:  # take back the update of the running statistics
         norm.mean.zero_(), norm.var.fill_(1.0), norm.batches.zero_()
-    loss, values, clipped = crossq.critic_loss(qf, batch, next_actions, next_cost, args)
+    loss, values, clipped = crossq.critic_loss(qf, batch, next_actions, next_log_prob, 0.3, args)
     assert all(norm.batches == 1 for norm in qf.norms)
     p, expected, outside = logits.softmax(-1), 0.0, 0.0
     for row in range(6):
@@ -133,7 +133,7 @@ def test_critic_loss_is_the_projected_cross_entropy():
         for i in range(11):
             weight = 0.5 * (p[0, 6 + row, i] + p[1, 6 + row, i]).detach()
             alive = 1 - ended[row]
-            value = batch.rewards[row] + 0.9 * alive * (qf.atoms[i] - next_cost[row])
+            value = batch.rewards[row] + 0.9 * alive * (qf.atoms[i] - 0.3 * next_log_prob[row])
             outside += weight.item() * (abs(value) > 5) / 6
             for m in range(11):
                 target[m] += weight * max(0.0, 1 - abs(value.clamp(-5, 5) - qf.atoms[m]).item())
@@ -181,11 +181,12 @@ def test_scalar_critics_have_the_loss_of_sac():
     qf, args = critics(num_atoms=1), crossq.Args(**ARGS | {"num_atoms": 1}, gamma=0.9)
     ended = torch.tensor([0.0, 1, 0, 0, 1, 0])
     batch = crossq.Batch(*torch.randn(2, 6, 3), torch.rand(6, 1), torch.randn(6), ended)
-    next_actions, next_cost = torch.rand(6, 1), torch.randn(6)
+    next_actions, next_log_prob = torch.rand(6, 1), torch.randn(6)
     both = torch.cat((batch.obs, batch.next_obs)), torch.cat((batch.actions, next_actions))
     q = qf(*both, train=True)[..., 0]
-    loss, values, clipped = crossq.critic_loss(qf, batch, next_actions, next_cost, args)
-    target = batch.rewards + 0.9 * (1 - ended) * (q[:, 6:].detach().amin(0) - next_cost)
+    loss, values, clipped = crossq.critic_loss(qf, batch, next_actions, next_log_prob, 0.3, args)
+    next_value = q[:, 6:].detach().amin(0) - 0.3 * next_log_prob
+    target = batch.rewards + 0.9 * (1 - ended) * next_value
     expected = (q[:, :6] - target).square().sum() / 6
     torch.testing.assert_close((loss, values), (expected, q[:, :6]))
     for parameter in qf.parameters():
@@ -205,12 +206,12 @@ def test_critics_learn_known_values(num_atoms):
     next_obs = torch.eye(3)[[1, 0, 2]].repeat(40, 1)
     ended, action = torch.tensor([0.0, 0, 1]).repeat(40), torch.zeros(120, 1)
     batch = crossq.Batch(obs, next_obs, action, rewards.repeat(40), ended)
-    qf = crossq.SoftQNetwork(3, 1, args)
+    qf, next_log_prob = crossq.SoftQNetwork(3, 1, args), cost[[1, 0, 2]].repeat(40) / 0.5
     optimizer = torch.optim.Adam(qf.parameters(), lr=3e-3, betas=(0.5, 0.999))
     for step in range(1500):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 1500)
-        next_cost = cost[[1, 0, 2]].repeat(40)
-        crossq.descend(optimizer, crossq.critic_loss(qf, batch, action, next_cost, args)[0])
+        loss = crossq.critic_loss(qf, batch, action, next_log_prob, 0.5, args)[0]
+        crossq.descend(optimizer, loss)
     # Q = r + gamma (1 - terminated) P (Q - cost)
     moves = gamma * torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 0]])
     values = torch.linalg.solve(torch.eye(3) - moves, rewards - moves @ cost)

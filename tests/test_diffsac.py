@@ -6,6 +6,7 @@ critic that undoes the squashing and its log-determinant puts it into the script
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,7 +221,9 @@ def test_step_gradients_with_exact_values_add_up_to_the_chains(monkeypatch):
             chain = step_actor.chain(obs)
         twins = lambda obs, action: torch.cat((qf(obs, action), qf(obs, action) + 1 + action.T))
         networks = (step_actor, copy.deepcopy(step_actor), twins, exact_values)
-        loss, drift = diffsac.step_actor_loss(*networks, chain, ALPHA, 1e-9)
+        loss, drift = diffsac.step_actor_loss(
+            *networks, chain, ALPHA, SimpleNamespace(kl_bound=1e-9)
+        )
         assert drift.abs().max() < 1e-20
         (steps * loss).backward()
     for (name, first), second in zip(
@@ -277,16 +280,17 @@ def test_rows_outside_of_the_trust_region_are_pulled_back():
     latent = chain.latents[k, rows]
     controls = [a.control(a.fc_obs(obs), latent, k) for a in (actor, average)]
     distance = 0.5 * steps * (controls[0] - controls[1].detach()).square().sum(-1)
-    bound = distance.median().item()
     steep = lambda inputs: torch.cat((inputs[:, 3:5], 1e6 * inputs[:, 3:5]), 1)  # noqa: E731
     critic = lambda obs, action: 1e6 * action.T  # noqa: E731
     torch.manual_seed(7)
-    loss, drift = diffsac.step_actor_loss(actor, average, critic, steep, chain, alpha, bound)
+    args = SimpleNamespace(kl_bound=distance.median().item())
+    loss, drift = diffsac.step_actor_loss(actor, average, critic, steep, chain, alpha, args)
     torch.testing.assert_close(drift, distance)
     per_row = torch.autograd.grad(loss, actor.fc_control.bias, retain_graph=True)[0]
     assert per_row.abs().max() > 1e3  # rows inside follow the slope
     torch.manual_seed(7)
-    loss, _ = diffsac.step_actor_loss(actor, average, critic, steep, chain, alpha, 0.0)
+    args.kl_bound = 0.0
+    loss, _ = diffsac.step_actor_loss(actor, average, critic, steep, chain, alpha, args)
     torch.testing.assert_close(loss, 0.3 * distance.mean())
     ours = torch.autograd.grad(loss, actor.fc_control.bias)[0]
     torch.testing.assert_close(
@@ -320,7 +324,7 @@ def cosine_of_the_latent_critic(normalise, updates=800):
         optimizer.step()
     obs, latent = obs_rms(torch.randn(500, obs_dim) * scales), torch.randn(500, action_dim)
     latent.requires_grad_()
-    end, rest, _ = diffsac.latent_critic(critic, obs, latent, torch.full((500,), 1 / 8))
+    end, rest, _ = diffsac.latent_critic(actor, critic, obs, latent, torch.ones(500))
     value = qf(obs, torch.tanh(end))[0] + rest
     (slope,) = torch.autograd.grad(value.sum(), latent)
     return torch.nn.functional.cosine_similarity(slope, -latent, dim=-1).mean().item()

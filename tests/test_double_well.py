@@ -52,11 +52,9 @@ def train(script, alpha, updates, seed, actor_gradient="chain", **flags):
             v_loss = script.latent_critic_loss(actor, qf, vf, chain, q, alpha)
             script.descend(v_optimizer, v_loss)
         if script is diffwpo_continuous:
-            made = script.one_step(actor, qf, vf, chain, alpha) if step else None
-            made = made or script.all_steps(actor, qf, obs, alpha)[0]
-            loss, _ = script.actor_loss(actor, average, made, alpha, args)
+            loss, _ = script.actor_loss(actor, average, qf, vf, chain, alpha, args)
         elif step:
-            loss, _ = script.step_actor_loss(actor, average, qf, vf, chain, alpha, 1.0)
+            loss, _ = script.step_actor_loss(actor, average, qf, vf, chain, alpha, args)
         else:
             loss, _ = script.actor_loss(actor, qf, obs, alpha)
         script.descend(actor_optimizer, loss)
@@ -90,7 +88,6 @@ def test_gaussian_policy_cannot_fit_two_modes():
     [
         (diffsac_continuous, "chain", 0.2, 1500, 0.12),
         (diffsac_continuous, "step", 0.2, 2500, 0.12),
-        (diffwpo_continuous, "chain", 0.2, 1500, 0.12),
         (diffwpo_continuous, "step", 0.2, 2500, 0.12),
     ],
 )

@@ -65,7 +65,8 @@ def test_a_checkpoint_that_is_not_there_is_refused(script, monkeypatch, tmp_path
 
 def test_more_steps_than_rows_are_refused_where_each_row_has_one(monkeypatch, tmp_path):
     flags = [*PENDULUM, "--total-timesteps", 50, "--diffusion-steps", 17]
-    assert run_script(monkeypatch, diffsac, *flags) == 2 and not run_dirs(tmp_path)
+    for script in STEPWISE:
+        assert run_script(monkeypatch, script, *flags) == 2 and not run_dirs(tmp_path)
     assert run_script(monkeypatch, diffsac, *flags, "--actor-gradient", "chain") == 0
 
 

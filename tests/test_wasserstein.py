@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 import diffsac_continuous as diffsac
 import diffwpo_continuous as diffwpo
 import wpo_continuous as wpo
-from tests.common import make_actor, pathwise_loss, randomise
+from tests.common import gauss_hermite, make_actor, pathwise_loss, randomise
 
 
 @pytest.fixture(autouse=True)
@@ -163,10 +163,13 @@ def test_raw_flow_collapses_in_finite_time():
 
 
 def test_penalties_are_kl_divergences_of_torch_distributions():
-    mean, average_mean = torch.randn(50, 3), torch.randn(50, 3)
-    log_std, average_log_std = 0.3 * torch.randn(50, 3), 0.3 * torch.randn(50, 3)
+    actor, qf, obs = wpo_setting()
+    average_actor = copy.deepcopy(actor)
+    randomise(average_actor, 0.2)
+    (mean, log_std), (average_mean, average_log_std) = actor(obs), average_actor(obs)
     average = Normal(average_mean, average_log_std.exp())
-    kl_mean, kl_std = wpo.kl_divergences(mean, log_std, average_mean, average_log_std)
+    kl_mean, kl_std = wpo.actor_loss(actor, average_actor, qf, obs, 0.1, wpo.Args())[2]
+    assert kl_mean.min() > 1e-3 and kl_std.min() > 1e-3
     expected = kl_divergence(average, Normal(mean, average_log_std.exp())).sum(-1)
     torch.testing.assert_close(kl_mean, expected)
     expected = kl_divergence(average, Normal(average_mean, log_std.exp())).sum(-1)
@@ -271,104 +274,89 @@ def test_step_gradient_of_the_controls_is_diffsacs_sample_by_sample(steps, monke
         chain = actor.chain(obs)
     rows = torch.arange(len(obs))
     monkeypatch.setattr(torch, "randn_like", lambda _: chain.noises[rows % steps, rows])
-    loss, kl = diffsac.step_actor_loss(twin, copy.deepcopy(twin), qf, vf, chain, 0.4, 1.0)
+    loss, kl = diffsac.step_actor_loss(twin, copy.deepcopy(twin), qf, vf, chain, 0.4, args)
     expected = gradients_of(loss, twin)
-    made = diffwpo.one_step(actor, qf, vf, chain, 0.4)
-    loss, other_kl = diffwpo.actor_loss(actor, copy.deepcopy(actor), made, 0.4, args)
+    loss, other_kl = diffwpo.actor_loss(actor, copy.deepcopy(actor), qf, vf, chain, 0.4, args)
     ours = gradients_of(loss, actor)
     torch.testing.assert_close(kl, other_kl)
     assert (ours.pop("delta_logit") - expected.pop("delta_logit")).abs().max() > 1e-6
     assert_same(ours, expected)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_chain_gradient_is_diffsacs_but_for_scores_of_mean_zero(steps):
-    """K times it: the loss is a mean over the steps, DiffSAC's (3) a sum."""
-    actor, twin, qf, _, obs, args = chain_setting(steps)
-    torch.manual_seed(5)
-    expected = gradients_of(pathwise_loss(twin, qf, obs, 0.4)[0], twin)
-    torch.manual_seed(5)
-    made, log_prob = diffwpo.all_steps(actor, qf, obs, 0.4)
-    torch.manual_seed(5)
-    torch.testing.assert_close(log_prob, twin.sample(obs)[1])
-    loss, kl = diffwpo.actor_loss(actor, copy.deepcopy(actor), made, 0.4, args)
-    ours = {name: steps * x for name, x in gradients_of(loss, actor).items()}
-    assert kl.shape == (steps, 15) and kl.abs().max() < 1e-20
-    # at the sample: -alpha grad log q(a^(k-1)) of the kernel, theta in its mean and its std
-    control = actor.control(actor.fc_obs(obs), made.latent, made.k)
-    decay, std = (x[made.k - 1] for x in actor.kernels())
-    mean = decay * made.latent + std * control
-    x = (mean + std * made.noise).detach()
-    log_q = (-0.5 * ((x - mean) / std) ** 2 - std.log()).sum((0, -1)).mean()
-    score = gradients_of(-0.4 * log_q, actor)
-    assert_same(ours, {name: expected[name] + score[name] for name in expected})
+def test_gradient_of_delta_is_diffsacs_in_the_mean(monkeypatch):
+    """(W3) and (10) have the mean of (8) of DiffSAC: by quadrature over the noise of each step."""
+    flags = {"diffusion_steps": 2, "hidden_dim": 16, "prior_std": 1.3}
+    actor, args = make_actor(diffwpo, **flags), diffwpo.Args(kl_bound=1e9, **flags)
+    randomise(actor)
+    twin = diffsac.Actor(3, 1, args)
+    twin.load_state_dict(actor.state_dict())
+    nodes, weights = (x.repeat_interleave(2, 0) for x in gauss_hermite(1, points=60))
+    rows = torch.arange(len(nodes))
+    k, obs = 1 + rows % 2, torch.randn(1, 3).expand(len(nodes), 3)
+    latents, noises = torch.zeros(3, len(nodes), 1), torch.zeros(2, len(nodes), 1)
+    latents[k, rows], noises[k - 1, rows] = 0.7, nodes
+    with torch.no_grad():
+        decay, std = (x[k - 1] for x in actor.kernels())
+        control = actor.control(actor.fc_obs(obs), latents[k, rows], k)
+        latents[k - 1, rows] = decay * 0.7 + std * (control + nodes)
+    chain = diffsac.Chain(obs, latents, torch.zeros(2, len(nodes), 1), noises)
+    qf = lambda obs, action: torch.stack((action[:, 0] ** 3, action[:, 0] ** 3 + 1))
+    vf = lambda inputs: torch.cat((inputs[:, 3:4].sin(), inputs[:, 3:4] ** 2, inputs[:, 3:4]), 1)
+    monkeypatch.setattr(torch, "randn_like", lambda _: nodes)
+    monkeypatch.setattr(torch.Tensor, "mean", lambda x, *_: (x * weights).sum() / 2)
+    loss, _ = diffsac.step_actor_loss(twin, copy.deepcopy(twin), qf, vf, chain, 0.4, args)
+    expected = gradients_of(loss, twin)
+    loss, _ = diffwpo.actor_loss(actor, copy.deepcopy(actor), qf, vf, chain, 0.4, args)
+    ours = gradients_of(loss, actor)
+    assert expected["delta_logit"].abs().min() > 1e-4
+    torch.testing.assert_close(ours["delta_logit"], expected["delta_logit"], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("gradient", ["step", "chain"])
-def test_raw_gradient_is_the_explicit_mixed_derivative_of_every_kernel(gradient):
+def test_raw_gradient_is_the_explicit_mixed_derivative_of_every_kernel():
     """Without F^-1: sg[ alpha g - grad V ] g(theta), g = grad log( q / free step ), by autograd."""
     steps, alpha = 4, 0.4
     actor, _, qf, vf, obs, args = chain_setting(steps, 8, precondition=False)
     assert not actor.delta_logit.requires_grad
-    torch.manual_seed(5)
-    if gradient == "step":
-        with torch.no_grad():
-            chain = actor.chain(obs)
-        made = diffwpo.one_step(actor, qf, vf, chain, alpha)
-    else:
-        made, _ = diffwpo.all_steps(actor, qf, obs, alpha)
-        torch.manual_seed(5)
-        with torch.no_grad():
-            chain = actor.chain(obs)
-    ours = gradients_of(
-        diffwpo.actor_loss(actor, copy.deepcopy(actor), made, alpha, args)[0], actor
-    )
+    with torch.no_grad():
+        chain = actor.chain(obs)
+    loss, _ = diffwpo.actor_loss(actor, copy.deepcopy(actor), qf, vf, chain, alpha, args)
+    ours = gradients_of(loss, actor)
     decay, std = actor.kernels()
-    total, pairs = 0.0, [(k, row) for k in range(1, steps + 1) for row in range(8)]
-    if gradient == "step":
-        pairs = [(1 + row % steps, row) for row in range(8)]
-    for k, row in pairs:
+    total = 0.0
+    for row in range(8):
+        k = 1 + row % steps
         state, before = obs[row : row + 1], chain.latents[k, row : row + 1]
-        control = lambda j, a, s=state: actor.control(actor.fc_obs(s), a, j)
         x = chain.latents[k - 1, row : row + 1].clone().requires_grad_()
-        if gradient == "chain" or k == 1:  # V: through the rest of the chain, its noises held
-            latent, cost = x, 0.0
-            for j in range(k - 1, 0, -1):
-                noise = chain.noises[j - 1, row]
-                cost = cost + (control(j, latent).square() / 2 + control(j, latent) * noise).sum()
-                latent = decay[j - 1] * latent + std[j - 1] * (control(j, latent) + noise)
-            end_cost = Normal(0.0, 1.3).log_prob(latent).sum()
-            end_cost = end_cost - (1 - torch.tanh(latent) ** 2).log().sum()
-            value = qf(state, torch.tanh(latent)).amin() - alpha * (cost + end_cost)
+        if k == 1:  # V_0 is known
+            end_cost = Normal(0.0, 1.3).log_prob(x).sum() - (1 - torch.tanh(x) ** 2).log().sum()
+            value = qf(state, torch.tanh(x)).amin() - alpha * end_cost
         else:
             out = vf(torch.cat((state, x, torch.full((1, 1), (k - 1) / steps)), 1))
             value = qf(state, torch.tanh(out[:, :2])).amin() + out[0, 2] - alpha * out[0, 3]
         (slope,) = torch.autograd.grad(value, x)
         leaf = x.detach().requires_grad_()
-        mean = decay[k - 1] * before + std[k - 1] * control(k, before)
+        mean = decay[k - 1] * before
+        mean = mean + std[k - 1] * actor.control(actor.fc_obs(state), before, k)
         log_q = Normal(mean, std[k - 1]).log_prob(leaf).sum()
         log_free = Normal(decay[k - 1] * before, std[k - 1]).log_prob(leaf).sum()
         (g,) = torch.autograd.grad(log_q - log_free, leaf, create_graph=True)
-        total = total + ((alpha * g - slope).detach() * g).sum() / len(pairs)
+        total = total + ((alpha * g - slope).detach() * g).sum() / 8
     assert_same(ours, gradients_of(total, actor))
 
 
 def test_switch_holds_every_kernel_near_its_average():
-    """Equation (9) on single kernels, in both gradients: outside there is 0.3 D alone."""
+    """Equation (9) on single kernels: outside there is 0.3 D alone, whatever the slope of Q."""
     actor, _, qf, vf, obs, args = chain_setting(4)
     average = copy.deepcopy(actor)
     randomise(average, 0.2)
     with torch.no_grad():
         chain = actor.chain(obs)
-    for made in (
-        diffwpo.one_step(actor, qf, vf, chain, 0.4),
-        diffwpo.all_steps(actor, qf, obs, 0.4)[0],
-    ):
-        steep = made._replace(velocity=1e6 * made.velocity)
-        args.kl_bound = 1e-12
-        loss, kl = diffwpo.actor_loss(actor, average, steep, 0.4, args)
-        torch.testing.assert_close(loss, 0.3 * kl.mean())
-        controls = [a.control(a.fc_obs(obs), made.latent, made.k) for a in (actor, average)]
-        torch.testing.assert_close(kl, 2 * (controls[0] - controls[1]).square().sum(-1))
-        args.kl_bound = kl.median().item()
-        assert diffwpo.actor_loss(actor, average, steep, 0.4, args)[0].abs() > 1e3
+    steep = lambda obs, actions: 1e6 * qf(obs, actions)
+    args.kl_bound = 1e-12
+    loss, kl = diffwpo.actor_loss(actor, average, steep, vf, chain, 0.4, args)
+    torch.testing.assert_close(loss, 0.3 * kl.mean())
+    rows, k = torch.arange(15), 1 + torch.arange(15) % 4
+    controls = [a.control(a.fc_obs(obs), chain.latents[k, rows], k) for a in (actor, average)]
+    torch.testing.assert_close(kl, 2 * (controls[0] - controls[1]).square().sum(-1))
+    args.kl_bound = kl.median().item()
+    assert diffwpo.actor_loss(actor, average, steep, vf, chain, 0.4, args)[0].abs() > 1e3

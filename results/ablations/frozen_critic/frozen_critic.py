@@ -76,8 +76,7 @@ def follow(checkpoint, gradient):
             else:
                 v_loss = diffsac.latent_critic_loss(actor, qf, vf, chain, q, alpha)
                 diffsac.descend(v_optimizer, v_loss)
-                bound = args.kl_bound
-                loss = diffsac.step_actor_loss(actor, average, qf, vf, chain, alpha, bound)[0]
+                loss = diffsac.step_actor_loss(actor, average, qf, vf, chain, alpha, args)[0]
         if update >= 0:
             diffsac.descend(optimizer, loss)
             diffsac.move_towards(average, actor, args.tau)
