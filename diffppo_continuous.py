@@ -248,8 +248,8 @@ def make_rows(actor, critic, obs_rms, return_scaler, rollout, alpha, args):
     axis = rewards * scale, values, next_values, discounts, lambdas
     advantages = gae(*(x.flatten(0, 1) for x in axis), dones=0).view_as(values)
     explained = 1 - advantages.var() / ((values + advantages).var() + 1e-8)
-    refreshed = advantages + alpha * scale * (log_q - log_n)
-    rows = Rows(obs, k, latents, next_latents, log_q, refreshed, values + advantages)
+    kept = advantages + alpha * scale * (log_q - log_n)
+    rows = Rows(obs, k, latents, next_latents, log_q, kept, values + advantages)
     metrics = {"losses/explained_variance": explained, "losses/entropy": entropy}
     metrics |= {"diffusion/noise_std_1": actor.log_std[0].exp()}
     return Rows(*(x.flatten(0, 2) for x in rows)), scale, metrics

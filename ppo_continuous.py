@@ -174,8 +174,8 @@ def make_rows(actor, critic, obs_rms, return_scaler, rollout, alpha, args):
     axis = rewards * scale, values, next_values, discounts
     advantages = gae(*axis, args.gae_lambda, rollout.dones)
     explained = 1 - advantages.var() / ((values + advantages).var() + 1e-8)
-    refreshed = advantages + alpha * scale * log_prob
-    rows = Rows(obs, rollout.latents, log_prob, refreshed, values + advantages)
+    kept = advantages + alpha * scale * log_prob
+    rows = Rows(obs, rollout.latents, log_prob, kept, values + advantages)
     metrics = {"losses/explained_variance": explained, "losses/entropy": entropy}
     return Rows(*(x.flatten(0, 1) for x in rows)), scale, metrics
 
