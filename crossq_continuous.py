@@ -2,8 +2,8 @@
 
 Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. Instead of moving averages the critics have
 batch renormalisation. Each returns a distribution over atoms z_i (C51, arXiv 1707.06887), or with
---num-atoms 1 a number, with SAC's losses. For (s, a, r, s') from the replay buffer, r divided by
-the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
+--num-atoms 1, as in CrossQ's paper, a number, with SAC's losses. For (s, a, r, s') from the replay
+buffer, r divided by the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
     target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
                  r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms (1)
@@ -71,7 +71,7 @@ class Args:
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 2.0  # gradient steps per environment step
     policy_delay: int = 3  # critics' gradient steps for one of the actor
-    hidden_dim: int = 256  # width of the hidden layers
+    hidden_dim: int = 256  # width of the actor's hidden layers
     critic_dim: int = 256  # width of the critics' hidden layers
     num_atoms: int = 101  # atoms of the critics' distributions; 1: scalar
     v_min: float = -5.0  # first atom
@@ -108,7 +108,7 @@ class BatchRenorm(nn.Module):
         self.momentum, self.eps, self.warmup = momentum, eps, warmup
 
     def forward(self, x, train):
-        """Normalise x (2, batch, features) by running statistics, or (`train`) by its own."""
+        """Normalise x (2, batch, features) by running or, to `train`, the batch's statistics."""
         x, running_std = x.to(self.mean.dtype), (self.var + self.eps).sqrt()
         if not train:
             return torch.addcmul(self.bias, x - self.mean, self.weight / running_std)

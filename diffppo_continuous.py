@@ -9,8 +9,8 @@ rollout (s, a, r, s') of pi_old, with r and alpha in units of the returns' stand
     actor        -E[ min(rho A', clip(rho, 1 - eps, 1 + eps) A') ],  rho = pi / pi_old of a|s   (4)
     critic       E[ (V(s) - V_old(s) - A)^2 ] / 2                                               (5)
 
-V_old is V during the rollout. A_(t+1) = 0 where it or an episode ends; a time limit is no terminal
-state: V(s') still counts.
+V_old is V during the rollout. A_(t+1) = 0 where the rollout or an episode ends; a time limit is no
+terminal state: V(s') still counts.
 
 The policy changes: K steps with controls c_k = c(s, a^k, k) lead from a^K ~ p = N(0, nu^2 I) to
 a = tanh(a^0). PPO sees each as a decision, with states (s, a^k, k) and actions x = a^(k-1):
@@ -154,7 +154,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.steps, self.prior_std = args.diffusion_steps, args.prior_std
-        last = args.delta_last or min(1 / self.steps, args.delta_first)  # about equal shares in a^0
+        last = args.delta_last or min(1 / self.steps, args.delta_first)  # no step makes most of a^0
         fall = (last / args.delta_first) ** torch.linspace(0, 1, self.steps).flip(0)
         delta = args.delta_first * fall[:, None].repeat(1, action_dim)  # row k - 1 for step k
         logit = torch.logit((delta - DELTA_MIN) / (DELTA_MAX - DELTA_MIN))
@@ -185,7 +185,7 @@ class Actor(nn.Module):
         return torch.stack(chain)
 
     def log_prob(self, obs, k, latents, next_latents):
-        """log q and log n (...) of a^(k-1) after a^k, both (..., action_dim)."""
+        """log q and log n, both (...), of a^(k-1) after a^k; latents (..., action_dim), k (...)."""
         decay, free_std = self.free_steps()
         log_q = log_normal(next_latents, self.mean(obs, latents, k), self.log_std[k - 1].exp())
         log_n = log_normal(next_latents, decay[k - 1] * latents, free_std[k - 1])

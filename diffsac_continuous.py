@@ -10,16 +10,19 @@ replay buffer, twin critics Q_i, their moving averages Q̄_i, a' ~ pi(.|s') and 
 
 The policy changes: K steps lead from noise a^K ~ p = N(0, nu^2 I) to a = tanh(a^0). Step k replaces
 a share delta_k of the variance by noise_k ~ N(0, I); a network adds a control c_k = c(s, a^k, k).
-log pi has no closed form: (6) takes its place in (1), (3) and (4). Given a, its mean is log pi(a|s)
-plus KL( the steps that led to a || steps back from a with c = 0 ): so it is an upper bound.
+log pi has no closed form: (6) takes its place in (1), (3) and (4). Given a, the mean of (6) is
+log pi(a|s) + KL( steps to a || steps back from a with c = 0 ), an upper bound of log pi(a|s).
 
     step k       a^(k-1) = sqrt(1 - delta_k) a^k + nu sqrt(delta_k) (c_k + noise_k)             (5)
     for log pi   log p(a^0) - log |da / da^0| + sum_k (|c_k|^2 / 2 + c_k . noise_k)             (6)
 
---actor-gradient chain differentiates (3) through all K steps. step, the default, differentiates one
-step k of the chain at s' that (1) has drawn; (4) uses that chain too. A critic says what the other
-steps bring: V_j(s, a^j) is the mean of min_i Q̄_i(s, a) - alpha cost_j, by a network of (s, a^j, j)
-that returns e, rest and cost: min_i Q̄_i(s, tanh e) + rest - alpha cost. V_0 is known.
+--actor-gradient chain differentiates (3) through all K steps. step, the default, takes one a^k of
+each chain that (1) has drawn, and redraws step k from it: in (4) and (7) to (9) s is the s' of (1)
+(if terminal, s) and a the chain's end.
+
+V_j(s, a^j) stands for the steps that follow: the mean of min_i Q̄_i(s, a) - alpha cost_j given a^j.
+A network of (s, a^j, j) returns e (a guess of a^0), rest and cost: V_j = min_i Q̄_i(s, tanh e) +
+rest - alpha cost. V_0: e = a^0, rest = 0, cost_0.
 
     cost_j       log p(a^0) - log |da / da^0| + sum_(i<=j) |c_i|^2 / 2
     critic V     |e - a^0|^2 + (rest - min_i Q̄_i(s, a) + min_i Q̄_i(s, tanh e))^2
@@ -27,7 +30,7 @@ that returns e, rest and cost: min_i Q̄_i(s, tanh e) + rest - alpha cost. V_0 i
     actor        E[ alpha |c_k|^2 / 2 - V_(k-1)(s, a^(k-1)) ],  a^k constant, Q for Q̄ in V     (8)
     or           0.3 D where D = K |c_k - c̄_k|^2 / 2 >= --kl-bound; c̄: averaged weights       (9)
 
-With exact V, K times the gradient of (8) is that of (3), if K divides the batch.
+With V exact for Q, K times the mean gradient of (8) is that of (3), if K divides the batch.
 
     python diffsac_continuous.py --env-id Humanoid-v4 --diffusion-steps 8
     python diffsac_continuous.py --resume runs/RUN/checkpoint.pt
@@ -106,7 +109,7 @@ class Args:
     delta_last: float = 0.01  # delta_1 of the last; geometric between
     learn_delta: bool = True  # learn delta per step and dimension
     actor_gradient: Literal["step", "chain"] = "step"  # through one step, or K
-    kl_bound: float = 1.0  # nats from the average actor (9); step only
+    kl_bound: float = 1.0  # bound on D of (9), nats; step only
 
 
 # ALGO LOGIC: networks and losses
@@ -142,7 +145,7 @@ DELTA_MIN, DELTA_MAX = 1e-4, 0.999  # range of a learned delta
 
 
 class Chain(NamedTuple):
-    """Chains of rows of obs. latents[k] is a^k; controls[k - 1], noises[k - 1] are of step k."""
+    """A chain per row of obs: latents[k] is a^k; controls[k - 1], noises[k - 1] are step k's."""
 
     obs: torch.Tensor  # (batch, obs_dim)
     latents: torch.Tensor  # (K + 1, batch, action_dim)
@@ -238,7 +241,7 @@ def latent_critic_network(obs_dim, action_dim, args):
 
 
 def latent_critic(actor, vf, obs, latent, j):
-    """e (batch, action_dim), rest and cost (batch,) of V_j at a^j; j (batch,). V_0 is known."""
+    """e (batch, action_dim), rest and cost (batch,) of V_j at a^j; j (batch,)."""
     outputs = vf(torch.cat((obs, latent, (j / actor.steps)[:, None]), dim=-1)).to(obs.dtype)
     end = torch.where(j[:, None] > 0, outputs[:, :-2], latent)
     rest = torch.where(j > 0, outputs[:, -2], 0.0)
@@ -247,7 +250,7 @@ def latent_critic(actor, vf, obs, latent, j):
 
 
 def latent_critic_loss(actor, qf_target, vf, chain, q, alpha):
-    """Mean of (7) over the batch. Row i has j = 1 + i % (K - 1)."""
+    """Mean of (7) over the batch. Row i has j = 1 + i % (K - 1); with K = 1 V is not used."""
     obs, rows = chain.obs, torch.arange(len(chain.obs), device=chain.obs.device)
     j = 1 + rows % max(actor.steps - 1, 1)  # V_0 is known, V_K is not needed
     end, rest, cost = latent_critic(actor, vf, obs, chain.latents[j, rows], j)
@@ -266,7 +269,7 @@ def step_actor_loss(actor, average_actor, qf, vf, chain, alpha, args):
     latent = chain.latents[k, rows]
     average_control = average_actor.control(average_actor.fc_obs(obs), latent, k)
     control, (decay, std) = actor.control(actor.fc_obs(obs), latent, k), actor.kernels()
-    # fresh noise: V has just been fitted to the chain's own a^(k-1)
+    # fresh noise: V has just been fitted to the same chains
     x = decay[k - 1] * latent + std[k - 1] * (control + torch.randn_like(latent))
     end, rest, cost = latent_critic(actor, vf, obs, x, k - 1)
     value = qf(obs, torch.tanh(end)).amin(0) + rest - alpha * cost  # V_(k-1)
@@ -312,7 +315,7 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
 
         with torch.no_grad():
-            # step uses this chain from (4) on; a terminal s' has no action: its row gets s
+            # (4), (7) to (9) use this chain too; a terminal s' has no action: its row gets s
             states = torch.where(batch.terminations[:, None] == 1, batch.obs, batch.next_obs)
             chain = actor.chain(states)
             next_actions, next_log_prob = actor.outcome(chain)

@@ -2,8 +2,8 @@
 
 Maximises E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. Instead of moving averages the critics have
 batch renormalisation. Each returns a distribution over atoms z_i (C51, arXiv 1707.06887), or with
---num-atoms 1 a number, with SAC's losses. For (s, a, r, s') from the replay buffer, r divided by
-the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
+--num-atoms 1, as in CrossQ's paper, a number, with SAC's losses. For (s, a, r, s') from the replay
+buffer, r divided by the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
 
     target       the mean of the distributions Z_j(s', a'), with each atom z_i moved to
                  r + gamma (1 - terminated) (z_i - alpha log pi(a'|s')), projected on the atoms (1)
@@ -12,9 +12,9 @@ the scale of past returns, twins Z_j, a' ~ pi(.|s') and a_new ~ pi(.|s):
     temperature  -E[ alpha (log pi(a_new|s) + target entropy) ]                                 (4)
 
 The policy changes: K steps with controls f lead from a^K ~ N(0, nu^2 I) to a = tanh(a^0). L takes
-the place of log pi in (1), (3) and (4), which is unknown: E[ L | a ] >= log pi(a|s). The gradient
+the place of log pi, which is unknown, in (1), (3) and (4): E[ L | a ] >= log pi(a|s). The gradient
 of (3) passes through all K steps. Step sizes eta_k = eta b_k / kappa fall as b_k ~ cos^2(pi (K - k)
-/ 2K); eta and kappa (per dimension) are learned. With N(mean, variance):
+/ 2K); a number eta and a vector kappa (over dimensions) are learned. With N(mean, variance):
 
     denoise      q(a^(k-1)|a^k, s) = N( (1 - eta_k / nu^2) a^k + eta_k f(s, a^k, k), 2 eta_k )  (5)
     noise        m(a^k|a^(k-1))    = N( (1 - eta_k / nu^2) a^(k-1), 2 eta_k )                   (6)
@@ -80,7 +80,7 @@ class Args:
     learning_starts: int = 5_000  # steps with random actions
     utd: float = 2.0  # gradient steps per environment step
     policy_delay: int = 3  # critics' gradient steps for one of the actor
-    hidden_dim: int = 128  # width of the hidden layers
+    hidden_dim: int = 128  # width of the actor's hidden layers
     critic_dim: int = 256  # width of the critics' hidden layers
     num_atoms: int = 101  # atoms of the critics' distributions; 1: scalar
     v_min: float = -5.0  # first atom
@@ -121,7 +121,7 @@ class BatchRenorm(nn.Module):
         self.momentum, self.eps, self.warmup = momentum, eps, warmup
 
     def forward(self, x, train):
-        """Normalise x (2, batch, features) by running statistics, or (`train`) by its own."""
+        """Normalise x (2, batch, features) by running or, to `train`, the batch's statistics."""
         x, running_std = x.to(self.mean.dtype), (self.var + self.eps).sqrt()
         if not train:
             return torch.addcmul(self.bias, x - self.mean, self.weight / running_std)

@@ -9,8 +9,8 @@ rollout (s, a, r, s') of pi_old, with r and alpha in units of the returns' stand
     actor        -E[ min(rho A', clip(rho, 1 - eps, 1 + eps) A') ],  rho = pi / pi_old of a|s   (4)
     critic       E[ (V(s) - V_old(s) - A)^2 ] / 2                                               (5)
 
-V_old is V during the rollout. A_(t+1) = 0 where it or an episode ends; a time limit is no terminal
-state: V(s') still counts.
+V_old is V during the rollout. A_(t+1) = 0 where the rollout or an episode ends; a time limit is no
+terminal state: V(s') still counts.
 
     python ppo_continuous.py --env-id HalfCheetah-v4
     python ppo_continuous.py --resume runs/RUN/checkpoint.pt

@@ -15,7 +15,9 @@ the place of the gradient of (3) by phi; grad_phi holds x and v constant:
     velocity     v(x) = grad_x [ min_i Q_i(s, tanh x) - alpha log pi(tanh x|s) ]                (W1)
     projection   d phi = E[ F^-1 grad_phi (grad_x log g(x) . v(x)) ],   F: Fisher information   (W2)
     Gaussian     d mean = E[ v ],   d std = E[ noise v ],   x = mean + std noise                (W3)
-    penalty      weighted KL( average || policy ): once with the average's std, once its mean   (W4)
+    penalty      w_1 KL( N(m, d^2) || N(mean, d^2) ) + w_2 KL( N(m, d^2) || N(m, std^2) )       (W4)
+
+m and d are mean and std by averaged weights, w_1 and w_2 are --kl-weight-mean, --kl-weight-std.
 
     python wpo_continuous.py --env-id HalfCheetah-v4
     python wpo_continuous.py --resume runs/RUN/checkpoint.pt

@@ -24,9 +24,9 @@ SHARED = {  # definitions, and methods, of the same text in both files
 }
 LINES = {  # above the frame, and whole
     "sac_continuous.py": (245, 824),
-    "diffsac_continuous.py": (380, 961),
-    "wpo_continuous.py": (280, 861),
-    "diffwpo_continuous.py": (390, 970),
+    "diffsac_continuous.py": (384, 964),
+    "wpo_continuous.py": (283, 863),
+    "diffwpo_continuous.py": (392, 972),
     "ppo_continuous.py": (280, 858),
     "diffppo_continuous.py": (370, 943),
     "crossq_continuous.py": (345, 953),
