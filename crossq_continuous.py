@@ -279,7 +279,7 @@ def main(args: Args):
             next_actions, next_log_prob = actor.sample(batch.next_obs)
         q_loss, q, clipped = critic_loss(qf, batch, next_actions, next_log_prob, alpha, args)
         descend(q_optimizer, q_loss)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q}
         metrics |= {"losses/clipped_targets": clipped}
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -288,11 +288,11 @@ def main(args: Args):
         alpha = temperature.log_alpha.detach().exp()
         pi_loss, log_prob = actor_loss(actor, qf, obs_rms(batch.obs), alpha)
         descend(actor_optimizer, pi_loss)
-        metrics = {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
             descend(alpha_optimizer, alpha_loss)
+        metrics = {"losses/actor_loss": pi_loss, "losses/alpha": alpha, "losses/entropy": -log_prob}
         return {name: value.detach() for name, value in metrics.items()}
 
     update, update_actor, act = speed_up(args, device, update, update_actor, act=actor.sample)

@@ -322,7 +322,6 @@ def main(args: Args):
             next_q = qf_target(states, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
 
         if args.actor_gradient == "chain":
             pi_loss, log_prob = actor_loss(actor, qf, batch.obs, alpha)  # as in SAC
@@ -330,10 +329,7 @@ def main(args: Args):
             descend(v_optimizer, latent_critic_loss(actor, qf_target, vf, chain, next_q, alpha))
             pi_loss, kl = step_actor_loss(actor, average_actor, qf, vf, chain, alpha, args)
             log_prob = next_log_prob
-            metrics |= {"diffusion/kl_to_average": kl}
-            metrics |= {"diffusion/in_trust_region": (kl < args.kl_bound).float()}
         descend(actor_optimizer, pi_loss)
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
@@ -341,8 +337,13 @@ def main(args: Args):
 
         move_towards(qf_target, qf, args.tau)
         move_towards(average_actor, actor, args.tau)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         metrics |= {"diffusion/control_energy": 0.5 * chain.controls.square().sum((0, -1))}
         metrics |= {"diffusion/noise_std_1": actor.kernels()[1][0]}
+        if args.actor_gradient == "step":
+            metrics |= {"diffusion/kl_to_average": kl}
+            metrics |= {"diffusion/in_trust_region": (kl < args.kl_bound).float()}
         return {name: value.detach() for name, value in metrics.items()}
 
     update, act = speed_up(args, device, update, act=actor.sample)

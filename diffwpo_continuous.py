@@ -333,13 +333,11 @@ def main(args: Args):
             next_q = qf_target(states, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
 
         descend(v_optimizer, latent_critic_loss(actor, qf_target, vf, chain, next_q, alpha))
         pi_loss, kl = actor_loss(actor, average_actor, qf, vf, chain, alpha, args)
         log_prob = next_log_prob
         descend(actor_optimizer, pi_loss)
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
@@ -347,6 +345,8 @@ def main(args: Args):
 
         move_towards(qf_target, qf, args.tau)
         move_towards(average_actor, actor, args.tau)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         metrics |= {"diffusion/control_energy": 0.5 * chain.controls.square().sum((0, -1))}
         metrics |= {"diffusion/noise_std_1": actor.kernels()[1][0]}
         metrics |= {"diffusion/kl_to_average": kl}

@@ -229,11 +229,9 @@ def main(args: Args):
             next_q = qf_target(batch.next_obs, next_actions).amin(0)
         q_loss, q = critic_loss(qf, batch, next_q - alpha * next_log_prob, args.gamma)
         descend(q_optimizer, q_loss)
-        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
 
         pi_loss, log_prob, kls = actor_loss(actor, average_actor, qf, batch.obs, alpha, args)
         descend(actor_optimizer, pi_loss)
-        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
 
         if args.autotune:
             alpha_loss = temperature_loss(temperature.log_alpha, log_prob, target_entropy)
@@ -241,6 +239,8 @@ def main(args: Args):
 
         move_towards(qf_target, qf, args.tau)
         move_towards(average_actor, actor, args.tau)
+        metrics = {"losses/critic_loss": q_loss, "losses/qf_values": q, "losses/alpha": alpha}
+        metrics |= {"losses/actor_loss": pi_loss, "losses/entropy": -log_prob}
         metrics |= {"losses/kl_mean": kls[0], "losses/kl_std": kls[1]}
         return {name: value.detach() for name, value in metrics.items()}
 

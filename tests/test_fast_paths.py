@@ -53,7 +53,9 @@ def test_update_and_policy_are_free_of_host_reads(script, monkeypatch, tmp_path)
     fake.CudaGraphModule = guard
     monkeypatch.setitem(sys.modules, "tensordict", types.ModuleType("tensordict"))
     monkeypatch.setitem(sys.modules, "tensordict.nn", fake)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    find_spec = importlib.util.find_spec
+    found = lambda name, *rest: name == "tensordict" or find_spec(name, *rest)
+    monkeypatch.setattr(importlib.util, "find_spec", found)
     monkeypatch.setattr(script, "fail", lambda message: None)
     adam = torch.optim.Adam
     monkeypatch.setattr(

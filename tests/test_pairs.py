@@ -23,14 +23,14 @@ SHARED = {  # definitions, and methods, of the same text in both files
     latent_critic latent_critic_loss temperature_loss""",
 }
 LINES = {  # above the frame, and whole
-    "sac_continuous.py": (245, 824),
-    "diffsac_continuous.py": (384, 964),
-    "wpo_continuous.py": (283, 863),
-    "diffwpo_continuous.py": (392, 972),
+    "sac_continuous.py": (242, 824),
+    "diffsac_continuous.py": (383, 965),
+    "wpo_continuous.py": (281, 863),
+    "diffwpo_continuous.py": (390, 972),
     "ppo_continuous.py": (280, 858),
     "diffppo_continuous.py": (370, 943),
-    "crossq_continuous.py": (345, 953),
-    "dime.py": (410, 1018),
+    "crossq_continuous.py": (340, 953),
+    "dime.py": (405, 1018),
 }
 MOST_OF_MAIN = 100
 

@@ -25,7 +25,7 @@ DIFFUSION = "the Gaussian policy becomes a diffusion policy"
 FLOW = "another step of the actor: the Wasserstein flow, and a bound on how far it goes"
 CRITICS = "categorical critics with batch renormalisation, without target networks"
 PAIRS = [
-    Pair("sac_continuous.py", "diffsac_continuous.py", 30, 165, 40, DIFFUSION),
+    Pair("sac_continuous.py", "diffsac_continuous.py", 30, 166, 40, DIFFUSION),
     Pair("ppo_continuous.py", "diffppo_continuous.py", 45, 140, 15, DIFFUSION),
     Pair("wpo_continuous.py", "diffwpo_continuous.py", 50, 160, 40, DIFFUSION),
     Pair("crossq_continuous.py", "dime.py", 35, 130, 15, DIFFUSION),
