@@ -204,6 +204,13 @@ def test_dime_temperature_target_is_four_nats_of_running_cost(monkeypatch, tmp_p
     assert seen[0] == pytest.approx(-(4 - 2.33523), abs=1e-5)  # one dimension, whatever its bounds
 
 
+def test_dimes_running_cost_is_the_bound_without_the_prior(monkeypatch, tmp_path):
+    assert run_script(monkeypatch, dime, *PENDULUM, "--total-timesteps", 100) == 0
+    ((_, cost),) = scalars(run_dirs(tmp_path)[0], "diffusion/running_cost_per_dim")
+    ((_, bound),) = scalars(run_dirs(tmp_path)[0], "losses/entropy")
+    assert cost == pytest.approx(2.33523 - bound, abs=1e-4)
+
+
 @over(OFF_POLICY)
 def test_temperature_is_annealed_geometrically(script, small, monkeypatch, tmp_path):
     flags = "--no-autotune --alpha 0.1 --alpha-anneal 50 --total-timesteps 500".split()
