@@ -9,6 +9,7 @@
 #   ./benchmark.sh humanoid --slurm --slurm-args "--time=24:00:00 --partition=gpu --gres=gpu:1"
 #   ./benchmark.sh diffusion-steps                             K = 1 ... 16 on Humanoid-v4
 #   ./benchmark.sh toy                                         the environments with a known optimum
+#   ./benchmark.sh toy-steps                                   K = 1 ... 16 of DiffSAC on the double well
 #
 # Call it again to go on after an interruption. Then:
 #
@@ -19,6 +20,12 @@ cd "$(dirname "$0")"
 suite=$1
 [ $# -gt 0 ] && shift
 run() { exec python tools/benchmark.py "$suite" "$@"; }  # exec: signals reach it
+
+# of toys/: the optimum is the same for every discount factor; a small one keeps the critics' errors below the temperature
+well="--env-id toys:TurningDoubleWell-v0 --alpha 0.05 --gamma 0.9"
+gmm="--env-id toys:TurningGMM-v0 --alpha 1 --gamma 0.9"
+off="--no-autotune --policy-lr 0.001 --learning-starts 1000 --eval-frequency 0 --checkpoint-frequency 5000"
+well_off="$well $off --total-timesteps 20000 --hidden-dim 64"
 
 case $suite in
 quick)
@@ -64,11 +71,6 @@ mujoco)
         "{ppo_continuous.py,diffppo_continuous.py --diffusion-steps 4} $tasks --total-timesteps 1000000 --eval-frequency 50000"
     ;;
 toy)
-    # the optimum is the same for every discount factor; a small one keeps the critics' errors below the temperature
-    well="--env-id toys:TurningDoubleWell-v0 --alpha 0.05 --gamma 0.9"
-    gmm="--env-id toys:TurningGMM-v0 --alpha 1 --gamma 0.9"
-    off="--no-autotune --policy-lr 0.001 --learning-starts 1000 --eval-frequency 0 --checkpoint-frequency 5000"
-    well_off="$well $off --total-timesteps 20000 --hidden-dim 64"
     # annealing, batch size and DIME's ratio of updates were chosen for the GMM's narrow modes: docs/multimodality.md
     anneal="--alpha-anneal 10"
     gmm_off="$gmm $off --hidden-dim 128 $anneal"
@@ -86,8 +88,12 @@ toy)
         "{crossq_continuous.py,dime.py $chain} $gmm_off --total-timesteps 30000 $ratio --critic-dim 128 --v-min -200 --v-max 40" \
         "{ppo_continuous.py,diffppo_continuous.py} $gmm $on $anneal"
     ;;
+toy-steps)
+    # 10 core-minutes a seed
+    run --seeds 1 2 3 "$@" --commands "diffsac_continuous.py $well_off --diffusion-steps {1,2,4,8,16}"
+    ;;
 *)
-    sed -n '2,18s/^# \{0,1\}//p' benchmark.sh >&2
+    sed -n '2,19s/^# \{0,1\}//p' benchmark.sh >&2
     exit 2
     ;;
 esac

@@ -245,6 +245,7 @@ def test_two_calls_share_the_cells(tmp_path):
         ("mujoco", 32),
         ("diffusion-steps", 10),
         ("toy", 16),
+        ("toy-steps", 5),
     ],
 )
 def test_suites_are_commands_that_the_scripts_accept(suite, cells, tmp_path):

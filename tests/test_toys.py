@@ -271,7 +271,7 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     checkpoints = sorted(tmp_path.glob("runs/*/checkpoint.pt"))
     measure.table(checkpoints, samples=200, episodes=10)
     rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[1].strip() for row in rows] == ["sac, seed 1", "diffppo, seed 1"]
+    assert [row[1].strip() for row in rows] == ["sac, seed 1", "diffppo, K = 8, seed 1"]
     assert [row[2].strip() for row in rows] == ["0.05", "1"]
     figure = tmp_path / "table.png"
     with pytest.raises(SystemExit):
@@ -279,7 +279,7 @@ def test_table_and_pictures_from_checkpoints(monkeypatch, tmp_path, capsys):
     assert "one environment" in capsys.readouterr().err
     measure.table([checkpoints[1]] * 2, samples=200, episodes=10, figure=figure)
     single, _, mean = (row.split("|") for row in capsys.readouterr().out.splitlines()[2:])
-    assert mean[1].strip() == "diffppo, TurningGMM-v0, 2 runs"
+    assert mean[1].strip() == "diffppo, K = 8, TurningGMM-v0, 2 runs"
     assert mean[3].strip() == single[3].strip() + " ± 0.000"
     measure.chain(checkpoints[1], tmp_path / "chain.png", samples=200)
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("table", "chain"))

@@ -1,6 +1,6 @@
 """How close a policy comes to the exact optimum in the environments of toys/.
 
-A table, a row for each checkpoint, and means over the runs of one script; histograms of actions:
+A table, a row for each checkpoint, and means over the seeds; histograms of actions:
 
     python toys/measure.py table runs/toys*/checkpoint.pt --figure figures/double_well.png
 
@@ -64,6 +64,8 @@ def load_policy(path):
     if alpha == 0:
         fail(f"{path} is of a run with --alpha 0, for which there is no optimal density")
     env, name = gym.make(args.env_id).unwrapped, args.exp_name.removesuffix("_continuous")
+    if hasattr(args, "diffusion_steps"):
+        name += f", K = {args.diffusion_steps}"
     return Policy(name, args.seed, actor, env, alpha, args.gamma)
 
 
