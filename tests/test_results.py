@@ -155,3 +155,9 @@ def test_every_mean_and_standard_deviation_of_a_page(page):
     quoted = set(re.findall(SPREAD, page.read_text())) - ELSEWHERE
     missing = [pair for pair in quoted if tuple(map(number, pair)) not in spreads()]
     assert missing == []
+
+
+def test_every_distance_of_a_page_is_in_the_tables_of_the_toys():
+    tables = "".join(path.read_text() for path in RESULTS.glob("toys/*.md"))
+    quoted = {x for page in PAGES for x in re.findall(r"0\.\d{3} ± 0\.\d{3}", page.read_text())}
+    assert len(quoted) >= 15 and [x for x in quoted if x not in tables] == []
