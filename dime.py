@@ -378,7 +378,7 @@ def main(args: Args):
         last_obs = next_obs.copy()
         for i in np.flatnonzero(terminations | truncations):
             last_obs[i] = infos["final_obs"][i]  # next_obs[i] starts the next episode
-        run.count(infos, observations=(next_obs, last_obs), rewards=rewards)
+        run.count(infos, actions=actions, obs=(next_obs, last_obs), rewards=rewards)
         buffer.add(obs, last_obs, actions, rewards, terminations)
         obs_rms.update(to_tensor(obs, device))
         dones = to_tensor(terminations | truncations, device)
@@ -676,7 +676,7 @@ class Run:
 
     def __init__(self, args, envs, parts):
         self.args, self.envs, self.parts, self.step = args, envs, parts, 0
-        self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps between two logs
+        self.stride = args.num_envs * getattr(args, "num_steps", 1)  # steps of one pass of the loop
         self.eval_envs = make_envs(args.env_id, args.eval_episodes)
         self.folder, self.evaluated, self.best_return = self.open_folder(), 0, -math.inf
         if args.resume:
@@ -759,16 +759,16 @@ class Run:
         return math.log(alpha) if alpha else -1e9
 
     def check(self, values):
-        """Stop the run, exit code 1, if an array or tensor overflows float32 when squared."""
+        """Stop the run, exit code 1, at a value that is not finite or over 1e18 (squares fail)."""
         for name, value in values.items():
             if not (abs(value) < 1e18).all():
                 where = f"the last checkpoint, if any, is in {self.folder}"
                 sys.exit(f"error: {name} is not finite at step {self.step} (or over 1e18); {where}")
 
-    def count(self, infos, observations, rewards):
-        """Count a step of all environments, check what it brought, log the episodes that ended."""
+    def count(self, infos, actions, obs, rewards):
+        """Count a step of all environments, check its numbers, log the episodes that ended."""
         self.step += self.args.num_envs
-        self.check({"an observation": np.stack(observations), "a reward": rewards})
+        self.check({"an action": actions, "an observation": np.stack(obs), "a reward": rewards})
         for i in np.flatnonzero(infos.get("_final_info", ())):
             episode = infos["final_info"]["episode"]
             self.last_episode = f"return {episode['r'][i]:.1f}"
@@ -802,9 +802,9 @@ class Run:
     def evaluate(self, actor, obs_rms):
         """Log the returns of --eval-episodes episodes of the policy, with and without its noise.
 
-        The policy with the best mean so far is kept in policy_best.pt. Environments, seeds and
-        random numbers are not those of the training. An episode ends after 10,000 steps at the
-        latest; a signal ends the evaluation.
+        The policy with the best mean so far is kept in policy_best.pt. Environments and start
+        states are not those of the training, whose random numbers are left alone. An episode ends
+        after 10,000 steps at the latest; a signal ends the evaluation.
         """
         self.say(f"step {self.step}: evaluating") if self.bar.disable else None
         envs, device, found = self.eval_envs, obs_rms.mean.device, {}

@@ -79,10 +79,34 @@ def test_a_loss_that_is_not_a_number_leaves_the_last_checkpoint(script, monkeypa
 
     monkeypatch.setattr(script, "critic_loss", failing)
     args = run_args(script, total_timesteps=200, checkpoint_frequency=5)
-    with pytest.raises(SystemExit, match="is not finite at step 5[45]"):
+    with pytest.raises(SystemExit, match="an action is not finite at step 5[45]"):
         script.main(args)
     checkpoint = load(run_dirs(tmp_path)[0])
     assert checkpoint["global_step"] == 50
+    assert all(x.isfinite().all() for x in flatten(checkpoint) if isinstance(x, torch.Tensor))
+
+
+@over(ON_POLICY)
+def test_a_loss_of_ppo_that_is_not_a_number_leaves_the_last_checkpoint(
+    script, monkeypatch, tmp_path
+):
+    rollouts, make_rows, ppo_loss = [], script.make_rows, script.ppo_loss
+
+    def counting(*inputs):
+        rollouts.append(None)
+        return make_rows(*inputs)
+
+    def failing(*inputs):
+        loss, metrics = ppo_loss(*inputs)
+        return loss * (float("nan") if len(rollouts) == 3 else 1), metrics
+
+    monkeypatch.setattr(script, "make_rows", counting)
+    monkeypatch.setattr(script, "ppo_loss", failing)
+    with pytest.raises(SystemExit, match="losses/.* is not finite at step 30"):
+        flags = dict(eval_frequency=0, checkpoint_frequency=10, num_envs=1)
+        run_main(script, total_timesteps=50, **flags)
+    checkpoint = load(run_dirs(tmp_path)[0])
+    assert checkpoint["global_step"] == 20
     assert all(x.isfinite().all() for x in flatten(checkpoint) if isinstance(x, torch.Tensor))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ten minutes on a machine with a CUDA card: tests, steps per second, eight seeds at once.
+# Ten minutes on a machine with a CUDA card: tests, steps per second, eight runs at once.
 #
 #   tools/gpu_check.sh [FOLDER]                  csv files and a table, in gpu_check/ by default
 #   DEVICE=cpu STEPS=800 tools/gpu_check.sh      a dry run without a card, small sizes
