@@ -71,7 +71,7 @@ mujoco)
         "{ppo_continuous.py,diffppo_continuous.py --diffusion-steps 4} $tasks --total-timesteps 1000000 --eval-frequency 50000"
     ;;
 toy)
-    # annealing, batch size and DIME's ratio of updates were chosen for the GMM's narrow modes: docs/multimodality.md
+    # annealing, batch size and DIME's ratio of updates were chosen for the GMM's narrow modes: results/toys/
     anneal="--alpha-anneal 10"
     gmm_off="$gmm $off --hidden-dim 128 $anneal"
     larger="--total-timesteps 25000 --batch-size 512"

@@ -20,4 +20,4 @@ plot figure $curves/Humanoid-v4/*ppo*.csv --to docs/images/on_policy --published
 plot figure $curves/Humanoid-v4/diffppo*.csv results/ablations/diffusion_steps_humanoid/diffppo*.csv --to docs/images/diffusion_steps --against diffusion_steps
 plot figure $curves/HalfCheetah-v4/*wpo*.csv --to docs/images/wasserstein
 plot figure $curves/HalfCheetah-v4/crossq*.csv $curves/HalfCheetah-v4/dime*.csv --to docs/images/crossq
-plot figure $curves/Humanoid-v4/*sac*.csv $curves/Humanoid-v4/crossq*.csv $curves/Humanoid-v4/dime*.csv --to docs/images/all --published results/published.csv
+plot figure $curves/Humanoid-v4/sac*.csv $curves/Humanoid-v4/diffsac_continuous*.csv $curves/Humanoid-v4/crossq*.csv $curves/Humanoid-v4/dime*.csv --to docs/images/all --published results/published.csv
