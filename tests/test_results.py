@@ -56,33 +56,27 @@ def differences():
     return found
 
 
-def slopes(capsys, tmp_path):
-    """{(low, high): slope} as `results/figures.sh` prints them: returns against K."""
-    words = re.search(r"plot figure (.*diffusion_steps_humanoid.*)", figures()).group(1).split()
-    files = [word.replace("$curves", "results/curves") for word in words if word.endswith(".csv")]
-    runs = [path for file in files for path in sorted(ROOT.glob(file))]
-    plot.figure(runs, to=tmp_path, against="diffusion_steps")
-    rows = re.findall(r": ([+-][\d,]+) \[([+-][\d,]+), ([+-][\d,]+)\]", capsys.readouterr().out)
-    return {(number(low), number(high)): number(slope) for slope, low, high in rows}
+def comparisons(capsys, tmp_path):
+    """Both parts of compare.md: pairs of twins, and returns against K."""
+    runs = [path for path in paths("Humanoid-v4") if re.match("diff.*_continuous", path.name)]
+    runs += sorted((RESULTS / "ablations" / "diffusion_steps_humanoid").iterdir())
+    parts = []
+    for options in ({}, EPISODES):
+        capsys.readouterr()
+        plot.compare(paths(*FOLDERS[1:]), **options)
+        parts.append(capsys.readouterr().out + "\n")
+        plot.figure(runs, to=tmp_path, against="diffusion_steps", **options)
+        lines = capsys.readouterr().out.splitlines()
+        parts[-1] += "".join(f"* {line}\n" for line in lines if line.startswith("diff"))
+    return parts
 
 
-def figures():
-    return (RESULTS / "figures.sh").read_text()
-
-
-def test_tables_are_those_of_the_curves(capsys):
+def test_tables_are_those_of_the_curves(capsys, tmp_path):
     plot.table(paths(*FOLDERS))
     assert capsys.readouterr().out == (RESULTS / "table.md").read_text()
-    tables = []
-    for options in ({}, EPISODES):
-        plot.compare(paths(*FOLDERS[1:]), **options)
-        tables.append(capsys.readouterr().out)
-    headings = (
-        "Final evaluation:\n\n",
-        "\nTraining episodes, mean of the last whole 50,000 steps:\n\n",
-    )
-    expected = "".join(itertools.chain.from_iterable(zip(headings, tables, strict=True)))
-    assert expected == (RESULTS / "compare.md").read_text()
+    text = (RESULTS / "compare.md").read_text()
+    first, second = re.fullmatch("Final .*:\n\n(.*)\nTraining .*:\n\n(.*)", text, re.S).groups()
+    assert [first, second] == comparisons(capsys, tmp_path)
 
 
 def cell(name, environment, steps):
@@ -116,12 +110,16 @@ def test_every_cell_of_the_table_in_readme():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_interval_of_a_page(page, capsys, tmp_path):
+def test_every_interval_of_a_page(page):
     lines = page.read_text().splitlines()
     quoted = [(line, *match) for line in lines for match in re.findall(INTERVAL, line)]
     if page.name == "README.md":
         assert len(quoted) >= 9
-    known = differences() | slopes(capsys, tmp_path) if quoted else {}
+    known = dict(differences())
+    slopes = r": ([+-]\S+) \[([+-]\S+), ([+-]\S+)\] when"
+    for row in re.findall(slopes, (RESULTS / "compare.md").read_text()):
+        slope, *interval = map(number, row)
+        known[tuple(interval)] = slope
     for line, *interval in quoted:
         low, high = map(number, interval)
         assert (low, high) in known, line
